@@ -1,0 +1,88 @@
+"""The transformer encoder's modules. B batch, T tokens, C width."""
+
+import torch
+from torch import Tensor, nn
+
+from fastvitc.errors import UsageError
+from fastvitc.kernels import attention
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed projection for queries, keys and values (Vaswani et al. 2017).
+
+    Args:
+        width: C, a multiple of `heads`.
+        heads: number of heads.
+        backend: passed to `fastvitc.kernels.attention`.
+    """
+
+    def __init__(self, width: int, heads: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        if width % heads:
+            raise UsageError(f"heads must divide width, got width={width} and heads={heads}")
+        self.heads = heads
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        return self.proj(attention(self.qkv(x), self.heads, backend=self.backend))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.bias, std=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """In training, zeroes a residual branch for a whole sample with probability `rate`, else scales it by
+    1/(1 − rate) (stochastic depth; Huang et al. 2016)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) → (B, ...)."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *(1,) * (x.dim() - 1), device=x.device) >= self.rate
+        return x * (keep / (1.0 - self.rate)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + Attention(LN x), then x + Mlp(LN x) (Dosovitskiy et al. 2021, equations 2, 3)."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0, *, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, backend=backend)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_width)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

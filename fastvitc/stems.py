@@ -1,0 +1,82 @@
+"""Stems: from an image to the encoder's token tensor. Usable as the first layer of any vision transformer."""
+
+from itertools import pairwise
+from math import sqrt
+
+from torch import Tensor, nn
+
+from fastvitc.config import StemConfig
+from fastvitc.kernels import conv_stem
+
+
+class ConvStem(nn.Module):
+    """n 3x3 convolutions, each with BatchNorm and ReLU, and a closing convolution (Xiao et al. 2021, section 4).
+
+    The closing convolution has a bias and nothing after it. With a single convolution this is the patchify stem.
+
+    Args:
+        config: channels, kernels and strides of all convolutions.
+        in_chans: channels of the image.
+        backend: passed to `fastvitc.kernels.conv_stem`.
+    """
+
+    def __init__(self, config: StemConfig, in_chans: int = 3, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        pairs = pairwise((in_chans, *config.channels))
+        sizes = list(zip(pairs, config.kernels, config.strides, config.paddings, strict=True))
+        self.convs = nn.ModuleList(nn.Conv2d(*io, *size, bias=False) for io, *size in sizes[:-1])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.convs)
+        io, *size = sizes[-1]
+        self.proj = nn.Conv2d(*io, *size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initialisation of the paper's code: the variance ignores the area of the 3x3 kernels."""
+        for conv in self.convs:
+            nn.init.normal_(conv.weight, std=sqrt(2.0 / conv.out_channels))
+        nn.init.normal_(self.proj.weight, std=sqrt(1.0 / self.proj.out_channels))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(
+        self, image: Tensor, class_token: Tensor | None = None, pos_embed: Tensor | None = None
+    ) -> Tensor:
+        """(B, in_chans, H, W) → tokens (B, S, width), S = H/stride · W/stride, plus one with a class token."""
+        if self.training:
+            for norm in self.norms:
+                norm.num_batches_tracked.add_(1)
+        first = self.norms[0] if len(self.norms) else None
+        return conv_stem(
+            image,
+            [conv.weight for conv in self.convs],
+            [norm.weight for norm in self.norms],
+            [norm.bias for norm in self.norms],
+            [norm.running_mean for norm in self.norms],
+            [norm.running_var for norm in self.norms],
+            self.proj.weight,
+            self.proj.bias,
+            class_token,
+            pos_embed,
+            self.training,
+            first.momentum if first else 0.1,
+            first.eps if first else 1e-5,
+            strides=self.config.strides,
+            paddings=self.config.paddings,
+            backend=self.backend,
+        )
+
+
+class PatchifyStem(ConvStem):
+    """One p x p convolution of stride p (Dosovitskiy et al. 2021, equation 1): a conv stem without its 3x3 layers."""
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of variance 1/fan_in; zero bias."""
+        nn.init.trunc_normal_(self.proj.weight, std=sqrt(1.0 / self.proj.weight[0].numel()))
+        nn.init.zeros_(self.proj.bias)
+
+
+def create_stem(config: StemConfig, in_chans: int = 3, *, backend: str = "auto") -> ConvStem:
+    """The stem module of a configuration."""
+    cls = ConvStem if config.kind == "conv" else PatchifyStem
+    return cls(config, in_chans, backend=backend)

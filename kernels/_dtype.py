@@ -1,0 +1,24 @@
+"""Dtype rules that every op shares."""
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float32 and narrower, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the active autocast dtype of its device, as PyTorch's own convolutions cast theirs."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raise TypeError for the first tensor that is not floating point."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")

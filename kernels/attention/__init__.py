@@ -1,0 +1,101 @@
+"""Multi-head self-attention on the packed projection."""
+
+import torch
+from torch import Tensor
+
+from fastvitc.kernels._backend import Backends, resolve
+from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating
+from fastvitc.kernels.attention import library, reference
+
+_BACKENDS = Backends(
+    op="attention",
+    order={"default": ("torch", "reference")},
+    rooms={"torch": library, "reference": reference},
+)
+
+
+def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """softmax(scale · Q Kᵀ) V for each head (Vaswani et al. 2017, equation 1), read from and written to packed tensors.
+
+    Args:
+        qkv: (B, T, 3·N·D), floating point: for each token all queries, then all keys, then all values, heads in
+            order (the output of one fused projection). Any strides. Under autocast it is cast to the autocast dtype.
+        num_heads: N.
+        scale: factor on the scores; 1/sqrt(D) by default.
+        backend: "auto", "torch" (`scaled_dot_product_attention`) or "reference".
+
+    Returns:
+        (B, T, N·D) in the dtype of `qkv`, heads in order.
+
+    The sums run in float32 (float64 for float64 input). Backward, with P = exp(scale·QKᵀ − lse):
+    dV = Pᵀ dO, dS = scale · P ∘ (dO Vᵀ − rowsum(dO ∘ O)), dQ = dS K, dK = dSᵀ Q, returned as one packed gradient.
+    The reference saves qkv, the output and the row log-sum-exp (B, N, T); P is recomputed, in memory of
+    O(B·N·T²) while it runs.
+
+    Raises:
+        TypeError: `qkv` is not floating point.
+        ValueError: `qkv` is not three-dimensional, or its last dimension is not a multiple of 3·num_heads.
+        BackendUnavailable: an explicit backend that cannot run here.
+    """
+    check_floating("attention", qkv=qkv)
+    if qkv.dim() != 3:
+        raise ValueError(
+            f"attention: qkv must be (B, T, 3·N·D), got {qkv.dim()} dimensions {tuple(qkv.shape)}"
+        )
+    if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"attention: the last dimension of qkv must be a multiple of 3·num_heads, got {qkv.shape[-1]} "
+            f"for num_heads={num_heads}"
+        )
+    qkv = autocast(qkv)
+    if scale is None:
+        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    backend = resolve("attention", backend, qkv.device.type)
+    if backend == "torch":
+        return library.attention(qkv, num_heads, scale)
+    return _forward(qkv, num_heads, scale, backend)[0]
+
+
+@torch.library.custom_op("fastvitc::attention", mutates_args=())
+def _forward(qkv: Tensor, num_heads: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    with torch.autocast(qkv.device.type, enabled=False):
+        return _BACKENDS.rooms[backend].forward(qkv.contiguous(), num_heads, scale)
+
+
+@_forward.register_fake
+def _(qkv: Tensor, num_heads: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=accumulation_dtype(qkv.dtype))
+    return qkv.new_empty(batch, tokens, width // 3), lse
+
+
+@torch.library.custom_op("fastvitc::attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, backend: str
+) -> Tensor:
+    with torch.autocast(qkv.device.type, enabled=False):
+        return _BACKENDS.rooms[backend].backward(dout, qkv.contiguous(), out, lse, num_heads, scale)
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, backend: str
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, ctx.num_heads, ctx.scale, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output)
+
+
+def _autograd(ctx, dout: Tensor | None, _dlse: None) -> tuple[Tensor | None, None, None, None]:
+    if dout is None:
+        return None, None, None, None
+    qkv, out, lse = ctx.saved_tensors
+    return _backward(dout, qkv, out, lse, ctx.num_heads, ctx.scale, ctx.backend), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,136 @@
+"""Batch normalisation followed by ReLU, as one op."""
+
+import torch
+from torch import Tensor
+
+from fastvitc.kernels._backend import Backends, resolve
+from fastvitc.kernels._batch_norm import update_running
+from fastvitc.kernels._dtype import accumulation_dtype, check_floating
+from fastvitc.kernels.bn_relu import library, reference
+
+_BACKENDS = Backends(
+    op="bn_relu",
+    order={"default": ("torch", "reference")},
+    rooms={"torch": library, "reference": reference},
+)
+
+
+def bn_relu(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """relu(weight · (x − mean) / sqrt(var + eps) + bias) per channel (Ioffe & Szegedy 2015, algorithm 1).
+
+    Args:
+        x: (B, C, H, W), floating point, any strides (channels-last is the fast one).
+        running_mean, running_var: (C,), float. In training they move in place by `momentum` towards the batch's
+            mean and unbiased variance; in evaluation they are the mean and the variance.
+        weight, bias: (C,), float; they may be wider than x (float32 beside bfloat16 activations).
+        training: whether the batch's own mean and biased variance normalise.
+        backend: "auto", "torch" (`batch_norm` and `relu`) or "reference".
+
+    Returns:
+        A tensor of the shape, dtype and memory format of x.
+
+    Statistics and arithmetic are float32 (float64 for float64 input). Backward, with dy' = dy·[y > 0] and
+    x̂ = (x − mean)/sqrt(var + eps): dbias = Σdy', dweight = Σdy'·x̂, and
+    dx = weight/sqrt(var + eps) · (dy' − dbias/n − x̂·dweight/n) over the n = B·H·W values of a channel.
+    The reference saves x and two vectors per channel; the ReLU mask is recomputed.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: x is not four-dimensional, a per-channel vector has another length than C, or training is asked
+            of a single value per channel (its variance is not defined).
+        BackendUnavailable: an explicit backend that cannot run here.
+    """
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    check_floating("bn_relu", x=x, **vectors)
+    if x.dim() != 4:
+        raise ValueError(f"bn_relu: x must be (B, C, H, W), got {x.dim()} dimensions {tuple(x.shape)}")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(
+                f"bn_relu: {name} must be ({x.shape[1]},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
+            )
+    count = x.numel() // x.shape[1]
+    if training and count < 2:
+        raise ValueError(f"bn_relu: training needs more than one value per channel, got x {tuple(x.shape)}")
+    backend = resolve("bn_relu", backend, x.device.type)
+    if backend == "torch":
+        return library.bn_relu(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y, mean, var = _forward(x, running_mean, running_var, weight, bias, training, eps, backend)
+    if training:
+        with torch.no_grad():
+            update_running(running_mean, running_var, mean, var, count, momentum)
+    return y
+
+
+@torch.library.custom_op("fastvitc::bn_relu", mutates_args=())
+def _forward(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _BACKENDS.rooms[backend].forward(x, running_mean, running_var, weight, bias, training, eps)
+
+
+@_forward.register_fake
+def _(x, running_mean, running_var, weight, bias, training, eps, backend):
+    dtype = accumulation_dtype(x.dtype) if training else running_mean.dtype
+    return (
+        torch.empty_like(x),
+        running_mean.new_empty(x.shape[1], dtype=dtype),
+        running_var.new_empty(x.shape[1], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fastvitc::bn_relu_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    training: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _BACKENDS.rooms[backend].backward(dy, x, mean, var, weight, bias, eps, training)
+    return torch.empty_like(x).copy_(dx), dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+@_backward.register_fake
+def _(dy, x, mean, var, weight, bias, eps, training, backend):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, _, _, weight, bias, ctx.training, ctx.eps, ctx.backend = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, var, weight, bias)
+
+
+def _autograd(ctx, dy: Tensor | None, _dmean: None, _dvar: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, ctx.eps, ctx.training, ctx.backend)
+    return dx, None, None, dweight, dbias, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

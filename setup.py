@@ -1,0 +1,70 @@
+"""Package metadata. `fastvitc/kernels` is a symlink to `kernels`, so the ops are packaged as `fastvitc.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r"^## (\S+)", (here / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+
+peers = ["timm>=1.0.15"]
+dali = ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"]
+xformers = ["xformers>=0.0.33; platform_system == 'Linux'"]
+test = [
+    "hypothesis>=6.100",
+    "import-linter>=2.1",
+    "pytest>=8.2",
+    "pytest-benchmark>=5.1",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    *peers,
+    *dali,
+]
+
+setup(
+    name="fastvitc",
+    version=version,
+    description="Vision Transformers with an early-convolution stem: exact models, fused ops, fast training",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["fastvitc", "fastvitc.*"]),
+    package_data={"fastvitc": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyyaml>=6",
+        "safetensors>=0.4.3",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "tqdm>=4.66",
+        "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "tyro>=0.9",
+    ],
+    extras_require={
+        "dali": dali,
+        "xformers": xformers,
+        "timm": peers,
+        "test": test,
+        "dev": [*test, "ruff>=0.9", "build>=1.2"],
+    },
+    entry_points={
+        "console_scripts": [
+            "fastvitc-train=fastvitc.train:cli",
+            "fastvitc-evaluate=fastvitc.evaluate:cli",
+            "fastvitc-info=fastvitc.info:cli",
+        ]
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
