@@ -45,6 +45,11 @@ class ConvStem(nn.Module):
         """(B, in_chans, H, W) → tokens (B, S, width), S = H/stride · W/stride, plus one with a class token."""
         if self.training:
             for norm in self.norms:
+                if isinstance(norm, nn.SyncBatchNorm):
+                    raise TypeError(
+                        "the stem's op does not synchronise BatchNorm statistics over processes; train with the "
+                        "nn.BatchNorm2d it was made with (the paper's statistics are per process, too)"
+                    )
                 norm.num_batches_tracked.add_(1)
         first = self.norms[0] if len(self.norms) else None
         return conv_stem(

@@ -63,9 +63,10 @@ def resolve(op: str, requested: str, device_type: str) -> str:
     return _OPS[op].resolve(requested, device_type)
 
 
-def chosen(device: str | torch.device = "cpu") -> dict[str, str]:
-    """The backend that `auto` takes for each op on a device: {op: backend}."""
-    return {name: op.resolve("auto", torch.device(device).type) for name, op in _OPS.items()}
+def chosen(device: str | torch.device = "cpu", backend: str = "auto") -> dict[str, str]:
+    """The backend that each op takes on a device: {op: backend}; BackendUnavailable where an op cannot run as asked."""
+    kind = torch.device(device).type
+    return {name: op.resolve(backend, kind) for name, op in _OPS.items()}
 
 
 def availability(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:

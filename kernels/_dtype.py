@@ -12,9 +12,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in the active autocast dtype of its device, as PyTorch's own convolutions cast theirs."""
     kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
-        return tensor.to(torch.get_autocast_dtype(kind))
-    return tensor
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:

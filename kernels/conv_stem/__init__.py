@@ -39,7 +39,8 @@ def conv_stem(
     """n times convolution, BatchNorm, ReLU; a closing convolution; the token tensor (Xiao et al. 2021, section 4).
 
     With y_0 = image: z_i = conv(y_{i−1}, w_i), y_i = relu(BatchNorm(z_i)),
-    features = conv(y_n, proj_weight) + proj_bias, tokens = [class token; features, row by row] + pos_embed. n = 0 is the patchify stem.
+    features = conv(y_n, proj_weight) + proj_bias, tokens = [class token; features, row by row] + pos_embed.
+    n = 0 is the patchify stem.
 
     Args:
         image: (B, C_0, H, W), floating point and normalised. Under autocast it and the convolution weights are cast

@@ -1,0 +1,128 @@
+"""Saved models (weights and configuration) and the state a run resumes from. Every write is atomic.
+
+A model is a folder with `model.safetensors` and `config.json`; a run's state is one file, read without unpickling
+code.
+"""
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastvitc.config import StemConfig, ViTConfig
+from fastvitc.errors import CheckpointError
+from fastvitc.model import VisionTransformer
+
+WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "state.pt"
+_FORMAT = "fastvitc training state, 1"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling, force it to disk, and rename it over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(folder: Path, model: VisionTransformer, **notes: Any) -> None:
+    """Write a model's weights and configuration into a folder; `notes` (JSON values) go into the configuration."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    config = {"model": asdict(model.config), **notes}
+    write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(save(weights)))
+    write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of a saved model's config.json."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} is not a saved model: cannot read {path} ({error}); expected a folder with {WEIGHTS} and "
+            f"{CONFIG}, as training writes it"
+        ) from error
+    if not isinstance(config, dict) or "model" not in config:
+        raise CheckpointError(f"{path} is not a model configuration of this library: it has no entry 'model'")
+    return config
+
+
+def _model_config(entry: dict[str, Any]) -> ViTConfig:
+    stem = StemConfig(**{key: tuple(value) for key, value in entry["stem"].items()})
+    return ViTConfig(**{**entry, "stem": stem, "image_size": tuple(entry["image_size"])})
+
+
+def load_model(folder: str | Path, *, backend: str = "auto") -> VisionTransformer:
+    """The model that `save_model` wrote, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: the folder is not a saved model, or its files are damaged or do not fit each other.
+    """
+    folder = Path(folder)
+    if folder.name == WEIGHTS:
+        folder = folder.parent
+    entry = read_config(folder)["model"]
+    try:
+        model = VisionTransformer(_model_config(entry), backend=backend)
+        load_weights(model, load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not hold a whole saved model: {error}") from error
+    return model.eval()
+
+
+def load_weights(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
+    """`load_state_dict` that raises CheckpointError with the keys that do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"these weights do not fit the model: {error}") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a run's state: tensors, numbers, strings and containers of them."""
+    write_atomically(path, lambda temporary: torch.save({"format": _FORMAT, **state}, temporary))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state that `save_state` wrote, on the CPU; `path` may be the run's folder.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is another program's.
+    """
+    candidates = (path, path / "last" / STATE, path / STATE)
+    file = next((c for c in candidates if c.is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"nothing to resume at {path}: expected a run's output folder, its last/ folder or its {STATE}"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{file} cannot be read as a training state: {reason}. It is damaged or another program's file; "
+            "resume from another run, or start anew"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{file} is not a training state of this version of fastvitc (expected format {_FORMAT!r})"
+        )
+    return state

@@ -1,0 +1,225 @@
+"""The compiled training step and evaluation: tensors in, tensors out; no files, no command line.
+
+Nothing here waits for the device, except `evaluate` once at its end.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastvitc.distributed import Process
+from fastvitc.mix import mix_images
+from fastvitc.model import VisionTransformer
+
+#: Channel means and standard deviations of ImageNet in units of a pixel value from 0 to 1.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; constant once everything has run."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class Normalize(nn.Module):
+    """uint8 images to normalised float32: (x/255 − mean)/std per channel."""
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        super().__init__()
+        self.register_buffer("mean", 255.0 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", 255.0 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 → the same shape, float32."""
+        return (images.float() - self.mean) / self.std
+
+
+class Objective(nn.Module):
+    """From a uint8 batch to the training loss, as one graph: normalise, mix, model, cross-entropy.
+
+    Args:
+        model: images to logits.
+        dtype: of autocast; float32 turns it off.
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
+    """
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        self.model = model
+        self.dtype = dtype
+        self.label_smoothing = label_smoothing
+
+    def forward(self, images: Tensor, labels: Tensor, draw: Tensor | None) -> Tensor:
+        """images (B, C, H, W) uint8, labels (B,) int64, draw of `Mix` (5,) or None → mean loss, 0-d float32."""
+        x = self.normalize(images)
+        share = None
+        if draw is not None:
+            x, share = mix_images(x, draw)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(x)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if share is None:
+            return loss
+        other = F.cross_entropy(logits, labels.roll(1), label_smoothing=self.label_smoothing)
+        return share * loss + (1.0 - share) * other
+
+
+class TrainStep:
+    """One optimiser step: forward, backward, clip, update.
+
+    Args:
+        model: the model; its parameters get the gradients.
+        optimizer: over the model's parameters.
+        process: this process; with several, gradients are averaged over them (BatchNorm statistics are not shared).
+        dtype: of autocast; float32 turns it off.
+        label_smoothing: see `Objective`.
+        accumulate: batches per optimiser step.
+        clip_grad: largest norm of the whole gradient; None for no clipping.
+        compile: whether torch.compile makes one graph of `Objective` and one of its backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        process: Process,
+        *,
+        dtype: torch.dtype,
+        label_smoothing: float = 0.0,
+        accumulate: int = 1,
+        clip_grad: float | None = None,
+        compile: bool = True,
+    ) -> None:
+        objective = Objective(model, dtype=dtype, label_smoothing=label_smoothing).to(process.device)
+        if compile:
+            objective.compile(fullgraph=True, dynamic=False)
+        self._objective: nn.Module = objective
+        if process.world_size > 1:
+            # Averaging follows the whole compiled backward; overlapping the two would cut the graph into buckets.
+            self._objective = DistributedDataParallel(objective, broadcast_buffers=False)
+        self._model, self._optimizer = model, optimizer
+        self._accumulate, self._clip_grad = accumulate, clip_grad
+
+    def __call__(self, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+        """`accumulate` triples (images, labels, draw) → their mean loss, a 0-d tensor still on the device."""
+        self._model.train()
+        total: Tensor | None = None
+        for i, batch in enumerate(batches):
+            last = i == self._accumulate - 1
+            silent = isinstance(self._objective, DistributedDataParallel) and not last
+            with self._objective.no_sync() if silent else nullcontext():
+                loss = self._objective(*batch) / self._accumulate
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        if self._clip_grad is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        assert total is not None
+        return total
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over an evaluated set and what follows from them."""
+
+    images: int
+    correct: int
+    correct_top5: int
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        """Percent of images whose first guess is right."""
+        return 100.0 * self.correct / self.images
+
+    @property
+    def top5(self) -> float:
+        """Percent of images whose class is among the first five guesses."""
+        return 100.0 * self.correct_top5 / self.images
+
+
+class Evaluation(nn.Module):
+    """From a uint8 batch to counts, as one graph; labels of −1 mark padding and count as nothing."""
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.normalize = Normalize()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """(B, C, H, W) uint8, (B,) int64 → (4,) float64: images, correct, correct in top 5, summed loss."""
+        x = self.normalize(images)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(x)
+        logits = logits.float()
+        real = labels >= 0
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (guesses == labels.unsqueeze(1)) & real.unsqueeze(1)
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        return torch.stack([real.sum(), hits[:, 0].sum(), hits.sum(), loss.double()]).double()
+
+
+class Evaluator:
+    """Evaluates models of one architecture, compiled once: partial batches are padded to `batch_size`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        process: Process,
+        *,
+        dtype: torch.dtype,
+        batch_size: int,
+        compile: bool = True,
+    ) -> None:
+        self._evaluation = Evaluation(model, dtype=dtype).to(process.device)
+        if compile:
+            self._evaluation.compile(fullgraph=True, dynamic=False)
+        self._process, self._batch_size = process, batch_size
+
+    @torch.no_grad()
+    def __call__(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+        """(images, labels) batches of at most `batch_size` → accuracy over all processes."""
+        self._evaluation.eval()
+        totals = torch.zeros(4, dtype=torch.float64, device=self._process.device)
+        for images, labels in batches:
+            missing = self._batch_size - len(labels)
+            if missing:
+                images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+                images = images.contiguous(memory_format=torch.channels_last)
+                labels = F.pad(labels, (0, missing), value=-1)
+            totals += self._evaluation(images, labels)
+        count, correct, correct_top5, loss = self._process.sum(totals).tolist()
+        return Accuracy(int(count), int(correct), int(correct_top5), loss / max(count, 1))
+
+
+@torch.no_grad()
+def precise_batch_norm(
+    model: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]], *, dtype: torch.dtype
+) -> None:
+    """Replace BatchNorm's running statistics by their mean over batches with the weights held still.
+
+    Only the stem is run: there is no BatchNorm elsewhere (Wu & Johnson 2021, section 3).
+    """
+    norms = model.stem.norms
+    momenta = [norm.momentum for norm in norms]
+    training = model.stem.training
+    normalize = Normalize().to(model.pos_embed.device)
+    model.stem.train()
+    try:
+        for seen, (images, _) in enumerate(batches, start=1):
+            for norm in norms:
+                norm.momentum = 1.0 / seen
+            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+                model.stem(normalize(images))
+    finally:
+        model.stem.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

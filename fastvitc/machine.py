@@ -1,0 +1,75 @@
+"""What this machine is, and how fast it multiplies and copies: the yardsticks of throughput figures."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+#: Dense bfloat16/float16 peaks in floating-point operations (a multiply-add is two) per second, vendor data sheets.
+_GPU_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def processor() -> str:
+    """The CPU's name with its core count, and the matrix and vector units PyTorch sees."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        name = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), name)
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the libraries that matter here; "not installed" where one is missing."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "triton", "xformers", "timm", "nvidia-dali-cuda130"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 5) -> float:
+    """Measured floating-point operations per second of one large matrix product (a multiply-add is two)."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b, device, rounds)
+
+
+def copy_peak(device: torch.device, megabytes: int = 256, rounds: int = 5) -> float:
+    """Measured bytes per second of one large copy, read and write counted."""
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, rounds)
+
+
+def flops_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The yardstick of an MFU and where it comes from: the data sheet of a known GPU, else a measured product."""
+    name = describe(device)
+    for known, peak in _GPU_PEAKS.items():
+        if device.type == "cuda" and known in name and dtype in (torch.bfloat16, torch.float16):
+            return peak, f"{known} data sheet, dense {str(dtype).removeprefix('torch.')}"
+    return matmul_peak(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matmul"

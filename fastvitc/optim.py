@@ -1,0 +1,104 @@
+"""Parameter groups, optimisers, the learning-rate schedule and the weights' moving average of the paper."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from fastvitc.errors import UsageError
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: decayed (matrices, convolutions, class token, position embedding), and not (biases and norms)."""
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        exempt_here = parameter.ndim < 2 or name.endswith("bias")
+        (exempt if exempt_here else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def create_optimizer(
+    model: nn.Module, name: Literal["adamw", "sgd"], *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9, 0.999) or SGD (Nesterov momentum 0.9), PyTorch's fused form, on `parameter_groups`."""
+    groups = parameter_groups(model, weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    raise UsageError(f'opt must be "adamw" or "sgd", got {name!r}')
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Half-cosine from `lr` to `end_factor·lr`, times a linear warm-up from `warmup_factor` (paper, section 4)."""
+
+    lr: float
+    epochs: float
+    warmup_epochs: float = 5.0
+    warmup_factor: float = 0.1
+    end_factor: float = 0.005
+
+    def at(self, epoch: float) -> float:
+        """The learning rate at a (fractional) epoch."""
+        half_cosine = 0.5 * (1.0 + cos(pi * min(epoch / self.epochs, 1.0)))
+        rate = self.lr * (self.end_factor + (1.0 - self.end_factor) * half_cosine)
+        if epoch < self.warmup_epochs:
+            progress = epoch / self.warmup_epochs
+            rate *= self.warmup_factor + (1.0 - self.warmup_factor) * progress
+        return rate
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use `lr` for every group from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class ModelEma:
+    """Exponential moving average of a model's weights and buffers.
+
+    Args:
+        model: the model to follow; the average starts as a copy of it.
+        rate: share of the new weights in an update.
+        every: optimiser steps between updates.
+        warmup_steps: until then an update is a plain copy.
+    """
+
+    def __init__(self, model: nn.Module, *, rate: float, every: int = 1, warmup_steps: int = 0) -> None:
+        self._source, self._every, self._warmup_steps = model, every, warmup_steps
+        self._average = AveragedModel(model, multi_avg_fn=_ema_of_rate(rate), use_buffers=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged model."""
+        return self._average.module
+
+    def update(self, step: int) -> None:
+        """Take in the weights after optimiser step number `step`, counted from 0."""
+        if step % self._every:
+            return
+        if step < self._warmup_steps:
+            self._average.n_averaged.zero_()  # a first update copies
+        self._average.update_parameters(self._source)
+
+
+def paper_ema_rate(batch_size: int, epochs: float, every: int) -> float:
+    """The rate of the paper's code for a total batch size: 1e-5 · batch/epochs · steps between updates."""
+    return min(1.0, 1e-5 * batch_size / epochs * every)
+
+
+def _ema_of_rate(rate: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    @torch.no_grad()
+    def update(averages: list[Tensor], currents: list[Tensor], _count: Tensor | int) -> None:
+        for average, current in zip(averages, currents, strict=True):
+            if average.is_floating_point():
+                average.lerp_(current, rate)
+            else:
+                average.copy_(current)
+
+    return update

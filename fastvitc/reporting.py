@@ -1,0 +1,124 @@
+"""What a run tells: a progress bar or plain lines, TensorBoard, summary.csv and the picture of the curves."""
+
+import csv
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One line of summary.csv. Rates are of this epoch; `mfu` and `data_wait` are shares from 0 to 1."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float
+    val_top1: float
+    val_top5: float
+    lr: float
+    images_per_second: float
+    data_wait: float
+    mfu: float
+    seconds: float
+
+
+class Reporter:
+    """Writes a run's log into its folder and to a stream; made on the main process only.
+
+    Args:
+        folder: of the run.
+        resumed_epochs: rows of an earlier part of the run that stand; later ones are dropped.
+        stream: for lines and the bar; a bar is drawn only on a terminal.
+    """
+
+    def __init__(self, folder: Path, *, resumed_epochs: int = 0, stream: TextIO = sys.stdout) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._stream = stream
+        self._csv = folder / "summary.csv"
+        self._curves = folder / "curves.png"
+        self._rows = read_summary(self._csv)[:resumed_epochs] if resumed_epochs else []
+        self._write_csv()
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_epochs or None)
+        self._bar: tqdm | None = None
+
+    def line(self, text: str) -> None:
+        """One line of text."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        if self._stream.isatty():
+            self._bar = tqdm(total=steps, desc=f"epoch {epoch}/{epochs}", file=self._stream, leave=False)
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def point(self, step: int, text: str, **scalars: float) -> None:
+        """A log point within an epoch."""
+        for name, value in scalars.items():
+            self._board.add_scalar(f"step/{name}", value, step)
+        if self._bar is None:
+            self.line(text)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def end_epoch(self, row: EpochRow, text: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._rows.append(row)
+        self._write_csv()
+        for name, value in asdict(row).items():
+            self._board.add_scalar(f"epoch/{name}", value, row.epoch)
+        self.line(text)
+
+    def close(self) -> None:
+        """Draw the curves and release the files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._rows:
+            draw_curves(self._rows, self._curves)
+        self._board.close()
+
+    def _write_csv(self) -> None:
+        with self._csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(EpochRow.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self._rows)
+
+
+def read_summary(path: Path) -> list[EpochRow]:
+    """The rows of a summary.csv."""
+    with path.open(newline="") as file:
+        return [
+            EpochRow(epoch=int(row.pop("epoch")), **{k: float(v) for k, v in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def draw_curves(rows: list[EpochRow], path: Path) -> None:
+    """Loss, accuracy and learning rate by epoch, as a PNG."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    losses, accuracy, rate = figure.subplots(1, 3)
+    epochs = [row.epoch for row in rows]
+    losses.plot(epochs, [row.train_loss for row in rows], label="train")
+    losses.plot(epochs, [row.val_loss for row in rows], label="validation")
+    losses.set(title="Loss", xlabel="epoch")
+    losses.legend()
+    accuracy.plot(epochs, [row.val_top1 for row in rows])
+    best = max(rows, key=lambda row: row.val_top1)
+    accuracy.set(title=f"Validation top-1, best {best.val_top1:.2f}% (epoch {best.epoch})", xlabel="epoch")
+    rate.plot(epochs, [row.lr for row in rows])
+    rate.set(title="Learning rate at the epoch's end", xlabel="epoch")
+    for axes in (losses, accuracy, rate):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

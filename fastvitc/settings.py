@@ -1,0 +1,226 @@
+"""Every setting of a training run, and the recipes that fill them in."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastvitc.errors import UsageError
+
+Recipe = Literal[
+    "digits", "small", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
+]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Train a vision transformer. Without arguments: vitc_nano on handwritten digits, a few minutes on a CPU."""
+
+    # Data
+    data_dir: str | None = None
+    """Folder with train/<class>/* and val/<class>/*; by default scikit-learn's digits, written once to the cache."""
+    loader: Literal["auto", "dali", "pil", "synthetic"] = "auto"
+    """Decoder: DALI, PIL in worker processes, or random images without any disk. auto: DALI on a GPU, else PIL."""
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """Decoding processes or threads per training process; by default the CPU cores it has."""
+    image_size: tuple[int, ...] | None = None
+    """Side in pixels, or height and width; by default the model's."""
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """Least and largest share of the image's area in a random crop."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Narrowest and widest aspect ratio of a random crop."""
+    hflip: float = 0.5
+    """Chance of a horizontal flip."""
+    augment: Literal["none", "autoaugment", "randaugment", "trivialaugment"] = "none"
+    """Augmentation policy after crop and flip."""
+    crop_ratio: float = 0.875
+    """Validation: side of the centre crop over the side the image is resized to."""
+
+    # Model
+    model: str = "vitc_nano"
+    """A preset, see fastvitc-info."""
+    pool: Literal["token", "mean"] = "token"
+    """What the head reads: the class token, or the mean of all tokens."""
+    drop_path: float = 0.0
+    """Stochastic depth in the last block, rising linearly from the first."""
+    backend: str = "auto"
+    """Implementation of the ops, see fastvitc-info."""
+    grad_checkpointing: bool = False
+    """Trade compute for memory."""
+
+    # Optimisation
+    recipe: Recipe | None = None
+    """Defaults of what follows and of the augmentation: digits without --data-dir, small with it, or the paper's."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    """Images per process and batch."""
+    grad_accum_steps: int = 1
+    """Batches per optimiser step."""
+    opt: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser, PyTorch's fused form."""
+    lr: float = 1e-3
+    """Peak learning rate (never scaled with the batch size)."""
+    weight_decay: float = 0.05
+    """On all weights but biases and norms."""
+    warmup_epochs: float = 3.0
+    """Linear warm-up from 0.1 of the rate; then a half-cosine to 0.005 of it."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 for none. With CutMix on as well, each batch draws one of the two."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 for none."""
+    model_ema: bool = False
+    """Keep a moving average of the weights, evaluate and save that."""
+    model_ema_rate: float | None = None
+    """Share of the new weights in an update; by default the paper's code's, 1e-5 · total batch/epochs · steps."""
+    model_ema_every: int = 32
+    """Optimiser steps between updates of the average."""
+    precise_bn: int = 0
+    """Training images per process over which BatchNorm's statistics are recomputed before each evaluation; 0: none."""
+
+    # Machine
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast; weights and statistics stay float32."""
+    compile: bool = True
+    """torch.compile of the training step and the evaluation."""
+    seed: int = 0
+    """Fixes weights, order and augmentation."""
+
+    # Run
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder of the run; by default runs/<model>-<date>-<time>."""
+    resume: str | None = None
+    """Continue a run from its folder, with its settings unless given anew."""
+    log_every: int = 50
+    """Steps between log points (the only ones that wait for the device)."""
+    peak_tflops: float | None = None
+    """Peak for the MFU, in 1e12 floating-point operations per second; by default the GPU's data sheet or a measured
+    matrix product."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainSettings":
+        """The settings that `to_dict` gave; UsageError for a name that there is not."""
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise UsageError(f"unknown settings: {', '.join(sorted(unknown))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names and values, plain enough for YAML and JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) asked for, None for the model's own."""
+        if self.image_size is None:
+            return None
+        if len(self.image_size) not in (1, 2):
+            raise UsageError(f"--image-size takes one or two numbers, got {len(self.image_size)}")
+        return self.image_size[0], self.image_size[-1]
+
+    def check(self) -> None:
+        """Raise UsageError for numbers out of their range."""
+        ranges = {
+            "epochs": (1, None),
+            "batch_size": (1, None),
+            "grad_accum_steps": (1, None),
+            "log_every": (1, None),
+            "model_ema_every": (1, None),
+            "seed": (0, None),
+            "warmup_epochs": (0, None),
+            "precise_bn": (0, None),
+            "weight_decay": (0, None),
+            "mixup": (0, None),
+            "cutmix": (0, None),
+            "smoothing": (0, 1),
+            "hflip": (0, 1),
+            "drop_path": (0, 1),
+            "crop_ratio": (0, 1),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                limit = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise UsageError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
+        if self.lr <= 0 or (self.clip_grad is not None and self.clip_grad <= 0):
+            raise UsageError("--lr and --clip-grad must be greater than 0")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UsageError(f"--crop-scale must be two shares with 0 < low <= high <= 1, got {low} {high}")
+        if self.crop_ratio == 0:
+            raise UsageError("--crop-ratio must be greater than 0")
+        self.size()
+
+
+#: Handwritten digits must not be mirrored, and hardly cropped. 30 epochs of 1,438 images.
+_DIGITS: dict[str, Any] = {
+    "crop_scale": (0.7, 1.0),
+    "crop_aspect": (0.9, 1.1),
+    "hflip": 0.0,
+    "crop_ratio": 1.0,
+}
+
+#: Folders of some thousands of photographs or drawings, from scratch; not from the paper.
+_SMALL: dict[str, Any] = {
+    "epochs": 100,
+    "augment": "randaugment",
+    "mixup": 0.2,
+    "warmup_epochs": 5.0,
+}
+
+#: Xiao et al. 2021, section 4 ("ImageNet-1k"): 8 V100 for the 1GF and 4GF models; top-1 error of vitc_4gf after
+#: 100/200/400 epochs 20.9/19.2/18.6. The average of the weights and precise BatchNorm are its code's defaults.
+_PAPER: dict[str, Any] = {
+    "crop_scale": (0.08, 1.0),
+    "augment": "autoaugment",
+    "opt": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.24,
+    "warmup_epochs": 5.0,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "model_ema": True,
+    "precise_bn": 8192,
+}
+_PAPER_BATCH = 2048
+
+#: The appendix's best learning rate and weight decay after 50 epochs: (AdamW, SGD).
+_PAPER_50EP = {
+    "vitp_1gf": ((2e-3, 0.20), (1.9, 1.3e-5)),
+    "vitp_4gf": ((2e-3, 0.20), (1.9, 1.3e-5)),
+    "vitp_18gf": ((1e-3, 0.24), (1.1, 1.2e-5)),
+    "vitc_1gf": ((2.5e-3, 0.19), (1.9, 1.3e-5)),
+    "vitc_4gf": ((1e-3, 0.24), (1.3, 2.2e-5)),
+    "vitc_18gf": ((1e-3, 0.24), (1.1, 2.7e-5)),
+}
+
+
+def recipe_settings(recipe: Recipe, model: str | None = None, shares: int = 1) -> TrainSettings:
+    """The settings of a recipe, before the user's own.
+
+    The paper's recipes divide their total batch of 2048 images by `shares`, the batches of one optimiser step.
+    """
+    base = TrainSettings(recipe=recipe)
+    if recipe == "digits":
+        return replace(base, model=model or "vitc_nano", **_DIGITS)
+    model = model or "vitc_4gf"
+    if recipe == "small":
+        return replace(base, model=model, **_SMALL)
+    settings = replace(base, model=model, batch_size=max(1, _PAPER_BATCH // shares), **_PAPER)
+    if recipe.startswith("paper-50ep"):
+        if model not in _PAPER_50EP:
+            raise UsageError(
+                f"the paper gives 50-epoch settings for {', '.join(_PAPER_50EP)}, not for {model}"
+            )
+        sgd = recipe.endswith("sgd")
+        lr, weight_decay = _PAPER_50EP[model][sgd]
+        return replace(settings, epochs=50, opt="sgd" if sgd else "adamw", lr=lr, weight_decay=weight_decay)
+    if model.endswith("36gf"):
+        settings = replace(settings, lr=6e-4, weight_decay=0.28)
+    return replace(settings, epochs=int(recipe.removeprefix("paper-").removesuffix("ep")))

@@ -1,0 +1,99 @@
+"""`fastvitc-train`: trains a model on a folder of images, or on handwritten digits when given nothing."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from fastvitc.checkpoint import load_state
+from fastvitc.command import parse, run_command
+from fastvitc.data import ImageIndex, digits_folder, index_folder, synthetic_index
+from fastvitc.distributed import process_group
+from fastvitc.errors import FastvitcError, UsageError
+from fastvitc.run import start
+from fastvitc.settings import Recipe, TrainSettings, recipe_settings
+
+PROGRAM = "fastvitc-train"
+_ARGS = "args.yaml"
+
+
+def read_settings(args: Sequence[str]) -> TrainSettings:
+    """The command line over the recipe's settings, or over the resumed run's."""
+    early = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    for flag in ("--data-dir", "--model", "--recipe", "--resume"):
+        early.add_argument(flag)
+    early.add_argument("--grad-accum-steps", type=int, default=1)
+    known, _ = early.parse_known_args(args)
+    if known.resume is not None:
+        saved = TrainSettings.from_dict(load_state(Path(known.resume))["settings"])
+        return parse(TrainSettings, PROGRAM, args, replace(saved, resume=known.resume, output=None))
+    recipe = known.recipe or ("digits" if known.data_dir is None else "small")
+    if recipe not in get_args(Recipe):
+        return parse(TrainSettings, PROGRAM, args)  # prints the choices and exits
+    shares = int(os.environ.get("WORLD_SIZE", "1")) * max(known.grad_accum_steps, 1)
+    return parse(TrainSettings, PROGRAM, args, recipe_settings(recipe, known.model, shares))
+
+
+def find_images(settings: TrainSettings) -> tuple[ImageIndex, ImageIndex]:
+    """The training and validation images that the settings name."""
+    if settings.data_dir is not None:
+        return index_folder(settings.data_dir)
+    if settings.loader == "synthetic":
+        return synthetic_index("train"), synthetic_index("val")
+    return index_folder(digits_folder())
+
+
+def output_folder(settings: TrainSettings) -> Path:
+    """The run's folder, made and known to be writable; it holds no other run unless that is resumed."""
+    if settings.output is not None:
+        folder = Path(settings.output)
+    elif settings.resume is not None:
+        resumed = Path(settings.resume)
+        folder = next((f for f in (resumed, *resumed.parents) if (f / _ARGS).exists()), resumed)
+    else:
+        folder = Path("runs", f"{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if settings.resume is None and (folder / _ARGS).exists():
+        raise UsageError(
+            f"{folder} already holds a run; choose another --output, or continue it with --resume {folder}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FastvitcError(
+            f"cannot write to the output folder {folder} ({error.strerror}); choose another --output"
+        ) from error
+    return folder
+
+
+def train(settings: TrainSettings) -> Path:
+    """Train as the settings say; return the run's folder."""
+    with process_group(settings.device) as process:
+        run = start(settings, process, *find_images(settings))
+        folder = output_folder(settings) if process.is_main else Path()
+        if process.is_main:
+            (folder / _ARGS).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False))
+        run.train(folder)
+        return folder
+
+
+@record
+def main() -> None:
+    train(read_settings(sys.argv[1:]))
+
+
+def cli() -> None:
+    run_command(PROGRAM, main)
+
+
+if __name__ == "__main__":
+    cli()

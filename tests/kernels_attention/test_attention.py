@@ -1,0 +1,132 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_no_worse_than_library, outputs_and_gradients
+
+from fastvitc.kernels import BackendUnavailable, attention
+
+OWN = ["reference"]
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+
+def by_steps(qkv, heads, scale=None):
+    """Equation 1 in its simplest form, in the dtype of the input."""
+    batch, tokens, width = qkv.shape
+    dim = width // (3 * heads)
+    q, k, v = qkv.view(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * (dim**-0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, heads * dim)
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 16), (7, 3, 32), (17, 2, 64), (197, 1, 64)])
+def test_matches_the_equation_in_float64(backend, tokens, heads, dim):
+    qkv = torch.randn(2, tokens, 3 * heads * dim, dtype=torch.float64)
+    expected = outputs_and_gradients(lambda x: by_steps(x, heads), [qkv])
+    found = outputs_and_gradients(lambda x: attention(x, heads, backend=backend), [qkv])
+    for e, f in zip(expected, found, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7, 196, 197])
+def test_values_and_gradients_err_at_most_twice_as_much_as_the_library(backend, dtype, tokens):
+    heads, dim = 2, 64
+    qkv = torch.randn(2, tokens, 3 * heads * dim).to(dtype)
+    grad = torch.randn(2, tokens, heads * dim).to(dtype)
+    assert_no_worse_than_library(
+        lambda x: attention(x, heads, backend=backend),
+        lambda x: attention(x, heads, backend="torch"),
+        [qkv],
+        [grad],
+    )
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    heads=st.integers(1, 4),
+    dim=st.sampled_from([8, 20, 32, 80]),
+    scale=st.none() | st.floats(0.01, 1.0),
+)
+def test_any_shape_and_scale_match_the_equation(backend, batch, tokens, heads, dim, scale):
+    qkv = torch.randn(batch, tokens, 3 * heads * dim, dtype=torch.float64)
+    expected = outputs_and_gradients(lambda x: by_steps(x, heads, scale), [qkv])
+    found = outputs_and_gradients(lambda x: attention(x, heads, scale=scale, backend=backend), [qkv])
+    for e, f in zip(expected, found, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+def test_strided_inputs_and_expanded_gradients_change_nothing(backend):
+    plain = torch.randn(2, 9, 96)
+    strided = torch.randn(9, 2, 192)[..., ::2].transpose(0, 1).copy_(plain)
+    for grad in (torch.ones(1, 1, 1).expand(2, 9, 32), torch.randn(9, 2, 32).transpose(0, 1)):
+        results = []
+        for qkv in (plain, strided):
+            leaf = qkv.requires_grad_()
+            out = attention(leaf, 2, backend=backend)
+            results.append((out.detach(), torch.autograd.grad(out, leaf, grad)[0]))
+        torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("backend", OWN)
+def test_results_repeat_bitwise(backend):
+    qkv = torch.randn(2, 33, 96).bfloat16()
+    first, second = (
+        outputs_and_gradients(lambda x: attention(x, 2, backend=backend), [qkv]) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", OWN)
+def test_registration_passes_opcheck(backend):
+    qkv = torch.randn(2, 5, 48, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastvitc.attention.default, (qkv, 2, 0.3, backend))
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+def test_autocast_casts_as_scaled_dot_product_attention_does(backend):
+    qkv = torch.randn(2, 5, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(qkv, 2, backend=backend)
+    assert out.dtype == torch.bfloat16
+    expected = attention(qkv.bfloat16(), 2, backend=backend)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+def test_large_scores_do_not_overflow(backend):
+    out = attention(1e4 * torch.randn(1, 5, 48), 2, backend=backend)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("qkv", "heads", "error", "words"),
+    [
+        (torch.zeros(2, 3, 48, dtype=torch.int64), 2, TypeError, "floating-point"),
+        (torch.zeros(3, 48), 2, ValueError, "2 dimensions"),
+        (torch.zeros(2, 3, 50), 2, ValueError, "multiple of 3·num_heads"),
+        (torch.zeros(2, 3, 48), 0, ValueError, "num_heads=0"),
+    ],
+)
+def test_bad_input_raises_one_clear_error(qkv, heads, error, words):
+    with pytest.raises(error, match=words):
+        attention(qkv, heads)
+
+
+def test_an_unknown_backend_names_the_usable_ones():
+    with pytest.raises(BackendUnavailable, match=r"has no backend 'fast'.*auto, torch, reference"):
+        attention(torch.zeros(1, 2, 48), 2, backend="fast")
+
+
+def test_the_library_backend_is_scaled_dot_product_attention():
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    packed = torch.stack([q, k, v]).permute(1, 3, 0, 2, 4).flatten(2)
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(packed, 4, backend="torch"), expected)

@@ -1,0 +1,235 @@
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_no_worse_than_library, outputs_and_gradients
+
+from fastvitc.kernels import conv_stem
+
+OWN = ["reference"]
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+
+@dataclass
+class Case:
+    """A stem: channels of image and 3x3 layers, strides of the layers, width, and the kernel of the closing one."""
+
+    channels: tuple[int, ...] = (3, 8, 16)
+    strides: tuple[int, ...] = (2, 2)
+    width: int = 24
+    image: tuple[int, int] = (16, 16)
+    batch: int = 2
+    class_token: bool = True
+    positions: bool = True
+    closing: int = 1
+    statistics: list = field(default_factory=list)
+
+    def inputs(self, dtype=torch.float64):
+        """[image, convs, weights, biases, proj weight, proj bias, class token?, positions?], flat."""
+        layers = list(zip(self.channels, self.channels[1:], strict=False))
+        scale = [(9 * i) ** -0.5 for i, _ in layers]
+        flat = [torch.randn(self.batch, self.channels[0], *self.image)]
+        flat += [s * torch.randn(o, i, 3, 3) for s, (i, o) in zip(scale, layers, strict=True)]
+        flat += [torch.rand(o) + 0.5 for _, o in layers]
+        flat += [torch.randn(o) for _, o in layers]
+        flat += [
+            0.1 * torch.randn(self.width, self.channels[-1], self.closing, self.closing),
+            torch.randn(self.width),
+        ]
+        tokens = self.tokens()
+        flat += [torch.randn(1, 1, self.width)] if self.class_token else []
+        flat += [torch.randn(1, tokens, self.width)] if self.positions else []
+        return [t.to(dtype) for t in flat]
+
+    def tokens(self):
+        height, width = self.image
+        for stride in self.strides:
+            height, width = ((side - 1) // stride + 1 for side in (height, width))
+        return (height // self.closing) * (width // self.closing) + self.class_token
+
+    def split(self, flat):
+        n = len(self.strides)
+        image, convs, weights, biases = (
+            flat[0],
+            flat[1 : n + 1],
+            flat[n + 1 : 2 * n + 1],
+            flat[2 * n + 1 : 3 * n + 1],
+        )
+        rest = list(flat[3 * n + 1 :])
+        proj = rest.pop(0), rest.pop(0)
+        class_token = rest.pop(0) if self.class_token else None
+        positions = rest.pop(0) if self.positions else None
+        wide = torch.promote_types(image.dtype, torch.float32)
+        self.statistics = [torch.linspace(-0.5, 0.5, c, dtype=wide) for c in self.channels[1:]]
+        self.statistics += [torch.linspace(0.5, 1.5, c, dtype=wide) for c in self.channels[1:]]
+        vectors = [v.to(wide) for v in weights], [v.to(wide) for v in biases]
+        return image, convs, *vectors, self.statistics[:n], self.statistics[n:], *proj, class_token, positions
+
+    def ours(self, backend, training):
+        n = len(self.strides)
+        sizes = {"strides": (*self.strides, self.closing), "paddings": (1,) * n + (0,)}
+        return lambda *flat: conv_stem(*self.split(flat), training, backend=backend, **sizes)
+
+    def layer_by_layer(self, training):
+        def run(*flat):
+            x, convs, weights, biases, means, variances, weight, bias, class_token, positions = self.split(
+                flat
+            )
+            for w, g, b, m, v, stride in zip(
+                convs, weights, biases, means, variances, self.strides, strict=True
+            ):
+                x = F.relu(F.batch_norm(F.conv2d(x, w, None, stride, 1), m, v, g, b, training))
+            x = F.conv2d(x, weight, bias, self.closing).flatten(2).mT
+            if class_token is not None:
+                x = torch.cat([class_token.expand(len(x), -1, -1), x], 1)
+            return x if positions is None else x + positions
+
+        return run
+
+
+CASES = {
+    "4-stage": Case((3, 8, 12, 16, 24), (2, 2, 2, 2), 24, (32, 32)),
+    "strides-1-and-2": Case((3, 6, 8, 8, 10), (2, 2, 1, 2), 12, (24, 16)),
+    "odd-sides": Case((3, 5, 7), (2, 2), 9, (17, 13)),
+    "one-channel": Case((1, 4), (2,), 6, (8, 10)),
+    "no-class-token": Case(class_token=False),
+    "no-positions": Case(positions=False),
+    "plain": Case(class_token=False, positions=False),
+    "closing-4x4": Case((3, 8), (2,), 12, (16, 24), closing=4),
+    "patchify": Case((3,), (), 16, (16, 24), closing=8),
+}
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_values_gradients_and_statistics_match_the_layers_in_float64(backend, training, name):
+    case = CASES[name]
+    args = case.inputs()
+    expected = outputs_and_gradients(case.layer_by_layer(training), args)
+    expected += case.statistics
+    found = outputs_and_gradients(case.ours(backend, training), args)
+    found += case.statistics
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["4-stage", "strides-1-and-2", "odd-sides", "patchify"])
+def test_values_and_gradients_err_at_most_twice_as_much_as_the_library(backend, training, dtype, name):
+    case = CASES[name]
+    args = case.inputs(dtype)
+    grad = torch.randn(case.batch, case.tokens(), case.width)
+    ours, library = case.ours(backend, training), case.layer_by_layer(training)
+    assert_no_worse_than_library(ours, library, args, [grad], roundings=2 * len(case.channels))
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@settings(max_examples=10, deadline=None)
+@given(
+    channels=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    stride=st.sampled_from([1, 2]),
+    height=st.integers(4, 11),
+    width=st.integers(4, 11),
+    training=st.booleans(),
+    class_token=st.booleans(),
+)
+def test_any_stem_matches_its_layers(backend, channels, stride, height, width, training, class_token):
+    strides = (stride,) * (len(channels) - 1)
+    case = Case(tuple(channels), strides, 5, (height, width), class_token=class_token)
+    args = case.inputs()
+    expected = outputs_and_gradients(case.layer_by_layer(training), args)
+    found = outputs_and_gradients(case.ours(backend, training), args)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", OWN)
+def test_the_gradient_of_the_image_is_only_made_where_asked(backend):
+    case = CASES["odd-sides"]
+    image, *parameters = case.inputs()
+    parameters = [p.requires_grad_() for p in parameters]
+    out = case.ours(backend, True)(image, *parameters)
+    found = torch.autograd.grad(out.sum(), parameters)
+    expected = outputs_and_gradients(case.layer_by_layer(True), [image, *parameters])[2:]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("backend", OWN)
+def test_results_repeat_bitwise(backend):
+    case = CASES["4-stage"]
+    args = case.inputs(torch.bfloat16)
+    first, second = (outputs_and_gradients(case.ours(backend, True), args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["odd-sides", "plain", "patchify"])
+def test_registration_passes_opcheck(backend, training, name):
+    case = CASES[name]
+    image, *parameters = case.split([t.requires_grad_() for t in case.inputs(torch.float32)])
+    n = len(case.strides)
+    strides, paddings = [*case.strides, case.closing], [1] * n + [0]
+    patches = case.tokens() - case.class_token
+    grid = [5, patches // 5] if name == "odd-sides" else [4, patches // 4] if name == "plain" else [2, 3]
+    args = (image, *parameters, strides, paddings, grid, training, 1e-5, backend)
+    torch.library.opcheck(torch.ops.fastvitc.conv_stem.default, args)
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_keeps_statistics_and_positions_in_float32(backend, training):
+    case = CASES["4-stage"]
+    args = case.inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = case.ours(backend, training)(*args)
+    assert tokens.dtype == torch.float32
+    assert all(s.dtype == torch.float32 for s in case.statistics)
+    exact = case.layer_by_layer(training)(*args)
+    assert (tokens - exact).abs().max() < 0.15
+    assert not torch.equal(tokens, exact)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"image": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)},
+            TypeError,
+            "image must be a floating-point",
+        ),
+        ({"image": torch.zeros(3, 16, 16)}, ValueError, r"\(B, C, H, W\)"),
+        ({"image": torch.zeros(2, 4, 16, 16)}, ValueError, r"convolution 0 needs a weight \(out, 4, k, k\)"),
+        ({"strides": (2, 2)}, ValueError, "n \\+ 1"),
+        ({"conv_weights": []}, ValueError, "need n entries"),
+        ({"proj_bias": torch.zeros(3)}, ValueError, r"vectors of convolution 2 must be \(24,\)"),
+        ({"class_token": torch.zeros(1, 24)}, ValueError, "class_token must be"),
+        (
+            {"pos_embed": torch.zeros(1, 16, 24)},
+            ValueError,
+            r"pos_embed must be \(1, 17, 24\) for a 4x4 grid",
+        ),
+    ],
+)
+def test_bad_input_raises_one_clear_error(change, error, words):
+    names = "image conv_weights bn_weights bn_biases running_means running_vars proj_weight proj_bias"
+    names += " class_token pos_embed"
+    case = Case()
+    arguments = dict(zip(names.split(), case.split(case.inputs(torch.float32)), strict=True))
+    arguments |= {"strides": (2, 2, 1), "paddings": (1, 1, 0)} | change
+    with pytest.raises(error, match=words):
+        conv_stem(**arguments)
+
+
+def test_an_image_without_tokens_is_refused():
+    case = Case((3,), (), 4, (16, 16), closing=8)
+    _, *rest = case.split(case.inputs(torch.float32))
+    with pytest.raises(ValueError, match="an image of 4x4 leaves no tokens"):
+        conv_stem(torch.zeros(1, 3, 4, 4), *rest, strides=(8,), paddings=(0,))
