@@ -69,7 +69,7 @@ def complexity(
     Raises:
         UsageError: an unknown name, or a size that is not a multiple of the stem's stride.
     """
-    config = preset(model) if isinstance(model, str) else getattr(model, "config", model)
+    config = _config(model)
     if image_size is not None:
         config = replace(config, image_size=as_size(image_size))
     embeddings = Complexity(params=(config.tokens + (config.pool == "token")) * config.width)
@@ -80,5 +80,13 @@ def complexity(
 
 def stem_complexity(model: str | VisionTransformer | ViTConfig) -> Complexity:
     """The stem's share of `complexity`."""
-    config = preset(model) if isinstance(model, str) else getattr(model, "config", model)
-    return _stem(config)
+    return _stem(_config(model))
+
+
+def block_complexity(model: str | VisionTransformer | ViTConfig) -> Complexity:
+    """The share of one encoder block in `complexity`."""
+    return _block(_config(model))
+
+
+def _config(model: str | VisionTransformer | ViTConfig) -> ViTConfig:
+    return preset(model) if isinstance(model, str) else getattr(model, "config", model)

@@ -42,8 +42,8 @@ class StemConfig:
 
     @property
     def paddings(self) -> tuple[int, ...]:
-        """Half the kernel where it is odd, none for the even, non-overlapping ones (paper, table 2)."""
-        return tuple(k // 2 if k % 2 else 0 for k in self.kernels)
+        """Half the kernel where it is odd, none for even ones and for the closing convolution (paper, table 2)."""
+        return (*(k // 2 if k % 2 else 0 for k in self.kernels[:-1]), 0)
 
 
 @dataclass(frozen=True)

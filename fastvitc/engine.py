@@ -99,10 +99,11 @@ class TrainStep:
         objective = Objective(model, dtype=dtype, label_smoothing=label_smoothing).to(process.device)
         if compile:
             objective.compile(fullgraph=True, dynamic=False)
-        self._objective: nn.Module = objective
+        self.objective = objective
+        self._parallel: nn.Module = objective
         if process.world_size > 1:
             # Averaging follows the whole compiled backward; overlapping the two would cut the graph into buckets.
-            self._objective = DistributedDataParallel(objective, broadcast_buffers=False)
+            self._parallel = DistributedDataParallel(objective, broadcast_buffers=False)
         self._model, self._optimizer = model, optimizer
         self._accumulate, self._clip_grad = accumulate, clip_grad
 
@@ -112,9 +113,9 @@ class TrainStep:
         total: Tensor | None = None
         for i, batch in enumerate(batches):
             last = i == self._accumulate - 1
-            silent = isinstance(self._objective, DistributedDataParallel) and not last
-            with self._objective.no_sync() if silent else nullcontext():
-                loss = self._objective(*batch) / self._accumulate
+            silent = isinstance(self._parallel, DistributedDataParallel) and not last
+            with self._parallel.no_sync() if silent else nullcontext():
+                loss = self._parallel(*batch) / self._accumulate
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         if self._clip_grad is not None:

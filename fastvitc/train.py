@@ -86,13 +86,13 @@ def train(settings: TrainSettings) -> Path:
         return folder
 
 
-@record
 def main() -> None:
     train(read_settings(sys.argv[1:]))
 
 
 def cli() -> None:
-    run_command(PROGRAM, main)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    run_command(PROGRAM, record(main) if under_torchrun else main)
 
 
 if __name__ == "__main__":

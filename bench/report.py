@@ -1,0 +1,131 @@
+"""A table and a plot from the suite's JSON: `python -m bench.report results.json [--plot ratios.png]`.
+
+For each group: the median time of a call over all passes; the ratio to the best peer, pass by pass, as the median of
+(peer's time / ours), so that above 1 is faster and a drift of the machine cancels; and the share of the peak that was
+measured at the start of the same run, of FLOPs where a group counts them, else of bytes.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of one group. `ratio` is None for a group without peers."""
+
+    contender: str
+    seconds: float
+    ratio: float | None
+    peak_share: float | None
+    images_per_second: float | None
+
+    @property
+    def ours(self) -> bool:
+        return self.contender.startswith("fastvitc")
+
+
+def read(path: Path) -> tuple[dict, dict[str, list[Row]]]:
+    """(the run's machine, group → rows, fastest first)."""
+    results = json.loads(path.read_text())
+    machine = results["machine_info"]["fastvitc"]
+    groups: dict[str, dict[str, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for bench in results["benchmarks"]:
+        extra = bench["extra_info"]
+        groups[bench["group"]][extra["contender"]][extra["number"]] = bench
+    return machine, {name: _rows(contenders, machine) for name, contenders in groups.items()}
+
+
+def _rows(contenders: dict[str, dict[int, dict]], machine: dict) -> list[Row]:
+    times = {
+        name: {number: bench["stats"]["median"] for number, bench in passes.items()}
+        for name, passes in contenders.items()
+    }
+    medians = {name: statistics.median(by_pass.values()) for name, by_pass in times.items()}
+    peers = [name for name in medians if not name.startswith("fastvitc")]
+    best = min(peers, key=medians.__getitem__, default=None)
+    rows = []
+    for name, by_pass in times.items():
+        extra = next(iter(contenders[name].values()))["extra_info"]
+        ratio = share = None
+        if best is not None:
+            shared = by_pass.keys() & times[best].keys()
+            ratio = statistics.median(times[best][number] / by_pass[number] for number in shared)
+        if extra["flops"]:
+            share = extra["flops"] / medians[name] / machine["matmul_peak"]
+        elif extra["bytes"]:
+            share = extra["bytes"] / medians[name] / machine["copy_peak"]
+        rate = extra["images"] / medians[name] if extra["images"] else None
+        rows.append(Row(name, medians[name], ratio, share, rate))
+    return sorted(rows, key=lambda row: row.seconds)
+
+
+def table(machine: dict, groups: dict[str, list[Row]]) -> str:
+    """The report in Markdown."""
+    lines = [
+        f"Machine: {machine['device']}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}.",
+        f"dtype {machine['dtype']}, batch {machine['batch_size']}. {machine['convention']}. Peaks measured in the same "
+        f"run: {machine['matmul_peak'] / 1e12:.3g}e12 FLOP/s, {machine['copy_peak'] / 1e9:.3g}e9 B/s.",
+        "Ratio: the best peer's time over this one's, median over alternating passes; above 1 is faster.",
+    ]
+    for name, rows in groups.items():
+        lines += [
+            "",
+            f"### {name}",
+            "",
+            "| | median, ms | ratio | of peak | images/s |",
+            "|---|---|---|---|---|",
+        ]
+        for row in rows:
+            cells = [
+                f"**{row.contender}**" if row.ours else row.contender,
+                f"{1e3 * row.seconds:.3f}",
+                "" if row.ratio is None else f"{row.ratio:.2f}",
+                "" if row.peak_share is None else f"{row.peak_share:.1%}",
+                "" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(groups: dict[str, list[Row]], path: Path) -> None:
+    """Our fastest contender's ratio to the best peer, a bar for each group, as a PNG."""
+    from matplotlib.figure import Figure
+
+    best = {
+        name: max((row.ratio for row in rows if row.ours and row.ratio is not None), default=None)
+        for name, rows in groups.items()
+    }
+    best = {name: ratio for name, ratio in best.items() if ratio is not None}
+    figure = Figure(figsize=(9, 1 + 0.35 * len(best)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(best), list(best.values()), color="tab:blue")
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("best peer's time / ours (above 1: ours is faster)")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="written by pytest bench/ --benchmark-json")
+    parser.add_argument("--plot", type=Path, help="also draw the ratios into this PNG")
+    options = parser.parse_args(args)
+    try:
+        machine, groups = read(options.results)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(
+            f"{options.results} holds no results of this suite ({error!r}); make them with "
+            "pytest bench/ --quick --benchmark-json results.json"
+        )
+    print(table(machine, groups))
+    if options.plot:
+        plot(groups, options.plot)
+
+
+if __name__ == "__main__":
+    main()

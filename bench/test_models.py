@@ -1,0 +1,95 @@
+"""The whole model: one training step (forward, loss, backward, AdamW), and inference."""
+
+from functools import partial
+
+import torch
+
+from bench.contest import Candidate, Contest
+from bench.models import MODELS, image_batch, trained_like
+from fastvitc import complexity
+from fastvitc.distributed import Process
+from fastvitc.engine import Normalize, Objective, TrainStep
+from fastvitc.optim import create_optimizer
+
+
+def _labels(config, batch_size, device):
+    return torch.arange(batch_size, device=device) % config.num_classes
+
+
+def _loss_and_gradient_norm(objective, images, labels):
+    loss = objective(images, labels, None)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters)
+    return loss.detach(), torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients]))
+
+
+def _truth_of_training(config, batch_size, device):
+    model = trained_like(config, backend="reference").to(device)
+    objective = Objective(model, dtype=torch.float32, label_smoothing=0.1).to(device)
+    images = image_batch(config, batch_size, device)
+    return _loss_and_gradient_norm(objective, images, _labels(config, batch_size, device))
+
+
+def _training(build, config, batch_size, device, dtype, compile):
+    model = build(config).to(device, memory_format=torch.channels_last)
+    images, labels = image_batch(config, batch_size, device), _labels(config, batch_size, device)
+    optimizer = create_optimizer(model, "adamw", lr=1e-6, weight_decay=0.0)
+    step = TrainStep(
+        model, optimizer, Process(0, 1, device), dtype=dtype, label_smoothing=0.1, compile=compile
+    )
+    return Candidate(
+        run=lambda: step([(images, labels, None)]),
+        tensors=lambda: _loss_and_gradient_norm(step.objective, images, labels),
+    )
+
+
+def _logits(model, normalize, dtype, images):
+    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return model(normalize(images))
+
+
+def _truth_of_inference(config, batch_size, device):
+    model, normalize = trained_like(config, backend="reference").to(device).eval(), Normalize().to(device)
+    return [_logits(model, normalize, torch.float32, image_batch(config, batch_size, device))]
+
+
+def _inference(build, config, batch_size, device, dtype, compile):
+    model = build(config).to(device, memory_format=torch.channels_last).eval()
+    run = torch.compile(_logits, fullgraph=True, dynamic=False) if compile else _logits
+    normalize, images = Normalize().to(device), image_batch(config, batch_size, device)
+    return Candidate(
+        run=lambda: run(model, normalize, dtype, images),
+        tensors=lambda: [run(model, normalize, dtype, images)],
+    )
+
+
+def contests(scale, device, dtype):
+    found = []
+    for name, config in scale.models.items():
+        forward = 2 * complexity(config).flops * scale.batch_size
+        args = (config, scale.batch_size, device)
+        for what, truth, build, flops in (
+            ("training step", _truth_of_training, _training, 3 * forward),
+            ("inference", _truth_of_inference, _inference, forward),
+        ):
+            contenders = {
+                f"{library}{' compiled' if compile else ''}": partial(build, model, *args, dtype, compile)
+                for library, model in MODELS.items()
+                for compile in (False, True)
+            }
+            title = f"{what}, {name}, batch {scale.batch_size}"
+            found.append(
+                Contest(
+                    title,
+                    partial(truth, *args),
+                    contenders,
+                    flops=flops,
+                    images=scale.batch_size,
+                    tolerance=5e-2,
+                )
+            )
+    return found
+
+
+def test_model(entry, timed):
+    timed(entry)

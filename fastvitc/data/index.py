@@ -1,0 +1,118 @@
+"""Which images there are: folders in ImageNet's layout, one folder per class."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastvitc.errors import DataError
+
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_LAYOUT = "expected {train,val}/<class>/<image>"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageIndex:
+    """The images of one split, ordered by class and name.
+
+    Attributes:
+        split: `"train"` or `"val"`.
+        root: the folder that holds the class folders.
+        classes: class names in sorted order; a label is a position in it.
+        paths: one file per image, under `root`; empty where images are made up, see `synthetic_index`.
+        labels: int64, shape (images,).
+    """
+
+    split: str
+    root: str
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def index_folder(data_dir: str | os.PathLike[str]) -> tuple[ImageIndex, ImageIndex]:
+    """The images under `data_dir/train/<class>/` and `data_dir/val/<class>/`.
+
+    Files whose extension is not in `EXTENSIONS` and names that start with a dot are ignored.
+
+    Raises:
+        DataError: a folder is missing, empty or unreadable, a class has no image, or the two splits' classes differ.
+    """
+    root = Path(data_dir)
+    missing = [split for split in ("train", "val") if split not in _subfolders(root)]
+    if missing:
+        raise DataError(f"{root} has no folder {_some(missing, ' and ')}; {_LAYOUT}")
+    train, val = _index("train", root / "train"), _index("val", root / "val")
+    if train.classes != val.classes:
+        only_train = sorted(set(train.classes) - set(val.classes))
+        only_val = sorted(set(val.classes) - set(train.classes))
+        differences = [f"only in {s}: {_some(c)}" for s, c in (("train", only_train), ("val", only_val)) if c]
+        raise DataError(
+            f"the classes of {train.root} and {val.root} differ; {'; '.join(differences)}. "
+            "Give both the same class folders"
+        )
+    return train, val
+
+
+def index_split(folder: str | os.PathLike[str], split: str = "val") -> ImageIndex:
+    """The images of one split: those under `folder/<split>/<class>/`, else under `folder/<class>/`.
+
+    Raises:
+        DataError: as `index_folder`.
+    """
+    root = Path(folder)
+    return _index(split, root / split if split in _subfolders(root) else root)
+
+
+def synthetic_index(split: str, images: int | None = None, classes: int = 1000) -> ImageIndex:
+    """`images` images that exist on no disk, for the synthetic loader alone; 12,800 to train on, 1,280 to validate."""
+    count = (12_800 if split == "train" else 1_280) if images is None else images
+    return ImageIndex(split, "", tuple(f"{c:04d}" for c in range(classes)), (), np.arange(count) % classes)
+
+
+def _index(split: str, root: Path) -> ImageIndex:
+    classes = _subfolders(root)
+    if not classes:
+        raise DataError(f"{root} has no class folders; {_LAYOUT}")
+    files = [_images(root / name) for name in classes]
+    empty = [name for name, found in zip(classes, files, strict=True) if not found]
+    if empty:
+        raise DataError(
+            f"{root} has class folders without images: {_some(empty)}; "
+            f"add images ({' '.join(EXTENSIONS)}) or remove the folders"
+        )
+    return ImageIndex(
+        split,
+        str(root),
+        tuple(classes),
+        tuple(path for found in files for path in found),
+        np.repeat(np.arange(len(classes)), [len(found) for found in files]),
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def _images(folder: Path) -> list[str]:
+    return sorted(e.path for e in _entries(folder) if e.name.lower().endswith(EXTENSIONS) and e.is_file())
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except FileNotFoundError:
+        raise DataError(f"there is no folder {folder}; {_LAYOUT}") from None
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+
+
+def _some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    shown = separator.join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,135 @@
+"""Decoding with PIL in worker processes: runs anywhere, and is the reference for the other loaders."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastvitc.data.augment import AugmentSampler, Draws, centre_box, crop_window
+from fastvitc.data.base import Batch, Loader, LoaderConfig
+from fastvitc.data.decode import read_image
+from fastvitc.data.policy import FILL, OPS
+from fastvitc.errors import DataError
+
+
+class PilLoader(Loader):
+    """Decodes in `workers` processes, or in this one for 0. The batches do not depend on their number."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        super().__init__(config)
+        self._order = _Order(config)
+        self._batches: DataLoader | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._order.epoch = self._epoch
+        if self._batches is None:
+            self._batches = DataLoader(
+                _Batches(self.config),
+                batch_size=None,
+                sampler=self._order,
+                num_workers=self.config.workers,
+                persistent_workers=self.config.workers > 0,
+                pin_memory=self.config.device.type == "cuda",
+                generator=torch.Generator(),  # else each epoch would advance the global one
+            )
+        for batch in self._batches:
+            if isinstance(batch, DataError):
+                self.close()
+                raise batch
+            images, labels = (tensor.to(self.config.device, non_blocking=True) for tensor in batch)
+            yield Batch(images.permute(0, 3, 1, 2), labels)
+
+    def close(self) -> None:
+        self._batches = None  # the workers end with it, so nothing that it holds may refer back to the loader
+
+
+class _Order(Sampler):
+    """(epoch, sample numbers) of each batch of an epoch."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self._config = config
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        for samples in self._config.batches(self.epoch):
+            yield self.epoch, samples
+
+    def __len__(self) -> int:
+        return self._config.counts()[0]
+
+
+class _Batches(Dataset):
+    """Whole batches by (epoch, sample numbers), as images (B, H, W, 3) and labels, or what was wrong with a file."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self._config = config
+        # one buffer: workers that touch a million strings would each end up with a copy of them
+        self._paths = np.array([os.fsencode(path) for path in config.index.paths])
+        self._sampler = AugmentSampler(config.augment, config.image_size, config.seed)
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
+        epoch, samples = key
+        try:
+            images = [read_image(os.fsdecode(path)) for path in self._paths[samples]]
+        except DataError as error:
+            return error  # raised in a worker, it would arrive as the text of a traceback
+        if self._config.training:
+            draws = self._sampler.draw(epoch, samples)
+            images = [self._augmented(image, draws, i) for i, image in enumerate(images)]
+        else:
+            images = [self._centre(image) for image in images]
+        return (
+            torch.from_numpy(np.stack([np.asarray(image) for image in images])),
+            torch.from_numpy(self._config.index.labels[samples]),
+        )
+
+    def _augmented(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
+        height, width = self._config.image_size
+        size = (image.height, image.width)
+        top, left, h, w = crop_window(size, draws.windows[i], draws.positions[i], self._config.augment.ratio)
+        image = image.crop((left, top, left + w, top + h))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if draws.flips[i]:
+            image = ImageOps.mirror(image)
+        for op, value, affine in zip(*(stage[i] for stage in draws.policy), strict=True):
+            image = _POLICY_OPS[OPS[op]](image, value.item(), affine)
+        return image
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        height, width = self._config.image_size
+        size = (image.height, image.width)
+        top, left, bottom, right = centre_box(size, self._config.image_size, self._config.crop_ratio)
+        return image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+
+
+def _warp(image: Image.Image, _: float, affine: np.ndarray) -> Image.Image:
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        affine.ravel().tolist(),
+        Image.Resampling.BILINEAR,
+        fillcolor=(FILL,) * 3,
+    )
+
+
+def _point(image: Image.Image, table: Callable[[int], int]) -> Image.Image:
+    return image.point([table(i) for i in range(256)] * 3)
+
+
+_POLICY_OPS: dict[str, Callable[[Image.Image, float, np.ndarray], Image.Image]] = {
+    "identity": lambda image, value, _: image,
+    "auto_contrast": lambda image, value, _: ImageOps.autocontrast(image),
+    "equalize": lambda image, value, _: ImageOps.equalize(image),
+    "invert": lambda image, value, _: ImageOps.invert(image),
+    "posterize": lambda image, value, _: ImageOps.posterize(image, int(value)),
+    "solarize": lambda image, value, _: _point(image, lambda i: i if i < value else 255 - i),
+    "solarize_add": lambda image, value, _: _point(image, lambda i: i + int(value) if i < 128 else i),
+    "brightness": lambda image, value, _: ImageEnhance.Brightness(image).enhance(1 + value),
+    "contrast": lambda image, value, _: ImageEnhance.Contrast(image).enhance(1 + value),
+    "color": lambda image, value, _: ImageEnhance.Color(image).enhance(1 + value),
+    "sharpness": lambda image, value, _: ImageEnhance.Sharpness(image).enhance(1 + value),
+    "warp": _warp,
+}

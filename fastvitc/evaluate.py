@@ -1,0 +1,141 @@
+"""`fastvitc-evaluate`: accuracy of a saved model, ours or another library's, on a folder of images."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from fastvitc import convert
+from fastvitc.checkpoint import load_model, load_weights, read_config
+from fastvitc.command import parse, run_command
+from fastvitc.data import create_loader, digits_folder, index_split
+from fastvitc.distributed import Process, pick_device
+from fastvitc.engine import Accuracy, Evaluator
+from fastvitc.errors import UsageError
+from fastvitc.kernels import chosen
+from fastvitc.model import VisionTransformer, create_model
+
+PROGRAM = "fastvitc-evaluate"
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Accuracy of a saved model on a folder of images."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a saved model (a run's best/ or last/), or another library's file with --source."""
+    data_dir: str | None = None
+    """Folder with val/<class>/* or <class>/*; by default scikit-learn's digits."""
+    source: Literal["fastvitc", "pycls", "torchvision", "timm"] = "fastvitc"
+    """Which library wrote the checkpoint."""
+    model: str | None = None
+    """Preset of another library's checkpoint."""
+    ema: bool = False
+    """Take the moving average of a pycls checkpoint."""
+    image_size: tuple[int, ...] | None = None
+    """Side in pixels, or height and width, of another library's checkpoint; by default the preset's."""
+    crop_ratio: float | None = None
+    """Side of the centre crop over the side the image is resized to; by default as in training, else 0.875."""
+    loader: Literal["auto", "dali", "pil"] = "auto"
+    """Decoder: DALI, or PIL in worker processes. auto: DALI on a GPU, else PIL."""
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """Decoding processes or threads; by default the CPU cores."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    """Images per batch."""
+    backend: str = "auto"
+    """Implementation of the ops, see fastvitc-info."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast."""
+    compile: bool = False
+    """torch.compile; pays for itself on large sets."""
+
+
+def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...] | None, float]:
+    """(the model, its classes where the checkpoint names them, its crop ratio)."""
+    if settings.source == "fastvitc":
+        if settings.model is not None or settings.image_size is not None:
+            raise UsageError(
+                "--model and --image-size are for other libraries' checkpoints; ours know their own"
+            )
+        model = load_model(settings.checkpoint, backend=settings.backend)
+        config = read_config(Path(settings.checkpoint))
+        classes = config.get("classes")
+        ratio = config.get("preprocessing", {}).get("crop_ratio", 0.875)
+        return model, None if classes is None else tuple(classes), ratio
+    if settings.model is None:
+        raise UsageError(
+            f"a checkpoint of {settings.source} does not name its model; give the preset with --model"
+        )
+    weights = convert.load(settings.checkpoint, settings.source, ema=settings.ema)
+    size = settings.image_size
+    model = create_model(
+        settings.model,
+        num_classes=len(weights["head.bias"]) if "head.bias" in weights else 0,
+        image_size=None if size is None else (size[0], size[-1]),
+        pool="token" if "class_token" in weights else "mean",
+        backend=settings.backend,
+    )
+    load_weights(model, weights)
+    return model.eval(), None, 0.875
+
+
+def evaluate(settings: EvaluateSettings) -> Accuracy:
+    """Evaluate as the settings say, every image once."""
+    process = Process(0, 1, pick_device(settings.device))
+    chosen(process.device, settings.backend)
+    model, classes, crop_ratio = load(settings)
+    index = index_split(settings.data_dir if settings.data_dir is not None else digits_folder())
+    if classes is not None and classes != index.classes:
+        raise UsageError(
+            f"the model was trained on {len(classes)} classes ({', '.join(classes[:3])}, ...), the folder has "
+            f"{len(index.classes)} ({', '.join(index.classes[:3])}, ...); give the data it was trained for"
+        )
+    if model.config.num_classes != len(index.classes):
+        raise UsageError(
+            f"the model has {model.config.num_classes} outputs, the folder {len(index.classes)} classes"
+        )
+    loader = create_loader(
+        settings.loader,
+        index,
+        training=False,
+        batch_size=settings.batch_size,
+        image_size=model.config.image_size,
+        device=process.device,
+        workers=os.cpu_count() or 1 if settings.workers is None else settings.workers,
+        crop_ratio=settings.crop_ratio or crop_ratio,
+    )
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    model = model.to(process.device, memory_format=torch.channels_last)
+    evaluator = Evaluator(
+        model, process, dtype=dtype, batch_size=settings.batch_size, compile=settings.compile
+    )
+    try:
+        return evaluator(loader)
+    finally:
+        loader.close()
+
+
+def main() -> None:
+    settings = parse(EvaluateSettings, PROGRAM, sys.argv[1:])
+    start = time.perf_counter()
+    accuracy = evaluate(settings)
+    seconds = time.perf_counter() - start
+    print(
+        f"top-1 {accuracy.top1:.2f}% ({accuracy.correct} of {accuracy.images}), top-5 {accuracy.top5:.2f}%, "
+        f"loss {accuracy.loss:.4f}, {accuracy.images / seconds:,.0f} images/s with start-up"
+    )
+
+
+def cli() -> None:
+    run_command(PROGRAM, main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,60 @@
+"""`fastvitc-info`: what is installed, which backends run here, and the presets."""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from fastvitc import __version__
+from fastvitc.command import parse, run_command
+from fastvitc.complexity import complexity
+from fastvitc.config import list_models, preset
+from fastvitc.distributed import pick_device
+from fastvitc.kernels import availability, chosen
+from fastvitc.machine import describe, versions
+
+PROGRAM = "fastvitc-info"
+
+
+@dataclass(frozen=True)
+class InfoSettings:
+    """Versions, devices, the ops' backends and why some cannot run here, and the model presets."""
+
+    device: str = "auto"
+    """The device whose backends are listed: cuda, cpu, or auto."""
+
+
+def report(settings: InfoSettings) -> str:
+    """The whole report as text."""
+    device = pick_device(settings.device)
+    lines = [f"fastvitc {__version__}"]
+    lines += [f"  {name} {version}" for name, version in versions().items()]
+    lines += ["", "devices", f"  cpu: {describe(torch.device('cpu'))}"]
+    gpus = [f"  cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    lines += gpus or ["  cuda: none found"]
+    lines += ["", f"backends on {device.type}"]
+    picks = chosen(device)
+    for op, backends in availability(device).items():
+        states = (f"{name} ({'ok' if reason is None else reason})" for name, reason in backends.items())
+        lines.append(f"  {op}: auto takes {picks[op]}; {', '.join(states)}")
+    lines += ["", "models; FLOPs are multiply-adds and bias additions of one image"]
+    lines.append(f"  {'name':<12} {'pixels':>9} {'parameters':>12} {'GFLOPs':>8} {'M acts':>8}")
+    for name in list_models():
+        counts, (height, width) = complexity(name), preset(name).image_size
+        lines.append(
+            f"  {name:<12} {f'{height}x{width}':>9} {counts.params:>12,} {counts.flops / 1e9:>8.4f} "
+            f"{counts.acts / 1e6:>8.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(report(parse(InfoSettings, PROGRAM, sys.argv[1:])))
+
+
+def cli() -> None:
+    run_command(PROGRAM, main)
+
+
+if __name__ == "__main__":
+    cli()
