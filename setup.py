@@ -1,15 +1,13 @@
 """Package metadata. `fastvitc/kernels` is a symlink to `kernels`, so the ops are packaged as `fastvitc.kernels`."""
 
-import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r"^## (\S+)", (here / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE).group(1)
 
 peers = ["timm>=1.0.15"]
-dali = ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"]
+dali = ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"]
 xformers = ["xformers>=0.0.33; platform_system == 'Linux'"]
 test = [
     "hypothesis>=6.100",
@@ -18,13 +16,14 @@ test = [
     "pytest-benchmark>=5.1",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "setuptools>=77",
     *peers,
     *dali,
 ]
 
 setup(
     name="fastvitc",
-    version=version,
+    version="0.1.0",
     description="Vision Transformers with an early-convolution stem: exact models, fused ops, fast training",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -62,6 +62,8 @@ class Arena:
         return self._built[contender]
 
     def _error(self, contest: Contest, contender: str, found: Sequence[Tensor]) -> float:
+        if len(found) != len(self._truth):
+            raise ParityError(f"{contest.name}: {contender} gives {len(found)} of {len(self._truth)} tensors")
         worst = 0.0
         for i, (expected, tensor) in enumerate(zip(self._truth, found, strict=True)):
             if expected.shape != tensor.shape:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one group. `ratio` is None for a group without peers."""
+    """One contender of one group. `ratio` is None where no peer was timed."""
 
     contender: str
     seconds: float
@@ -54,7 +54,8 @@ def _rows(contenders: dict[str, dict[int, dict]], machine: dict) -> list[Row]:
         ratio = share = None
         if best is not None:
             shared = by_pass.keys() & times[best].keys()
-            ratio = statistics.median(times[best][number] / by_pass[number] for number in shared)
+            ratios = [times[best][number] / by_pass[number] for number in shared]
+            ratio = statistics.median(ratios) if ratios else None
         if extra["flops"]:
             share = extra["flops"] / medians[name] / machine["matmul_peak"]
         elif extra["bytes"]:
@@ -117,7 +118,7 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         machine, groups = read(options.results)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         sys.exit(
             f"{options.results} holds no results of this suite ({error!r}); make them with "
             "pytest bench/ --quick --benchmark-json results.json"

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fastvitc.checkpoint import load_model, save_model
 from fastvitc.complexity import Complexity, complexity
 from fastvitc.config import StemConfig, ViTConfig, list_models
 from fastvitc.encoder import Attention, Block, DropPath, Mlp
@@ -32,5 +33,7 @@ __all__ = [
     "complexity",
     "create_model",
     "list_models",
+    "load_model",
     "resize_pos_embed",
+    "save_model",
 ]

@@ -5,41 +5,23 @@ code.
 """
 
 import json
-import os
-import pickle
-import tempfile
-from collections.abc import Callable
+import textwrap
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastvitc.config import StemConfig, ViTConfig
 from fastvitc.errors import CheckpointError
+from fastvitc.files import write_atomically
 from fastvitc.model import VisionTransformer
 
 WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "state.pt"
 _FORMAT = "fastvitc training state, 1"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, force it to disk, and rename it over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, model: VisionTransformer, **notes: Any) -> None:
@@ -83,7 +65,9 @@ def load_model(folder: str | Path, *, backend: str = "auto") -> VisionTransforme
     try:
         model = VisionTransformer(_model_config(entry), backend=backend)
         load_weights(model, load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a foreign configuration may fail anywhere, a negative width in PyTorch
         raise CheckpointError(f"{folder} does not hold a whole saved model: {error}") from error
     return model.eval()
 
@@ -93,7 +77,8 @@ def load_weights(model: VisionTransformer, weights: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"these weights do not fit the model: {error}") from error
+        reason = textwrap.shorten(str(error), 600)  # one line of what lists every key
+        raise CheckpointError(f"these weights do not fit the model: {reason}") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -114,8 +99,12 @@ def load_state(path: Path) -> dict[str, Any]:
             f"nothing to resume at {path}: expected a run's output folder, its last/ folder or its {STATE}"
         )
     try:
+        with zipfile.ZipFile(file) as records:
+            damaged = records.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler raises whatever its parsing trips over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{file} cannot be read as a training state: {reason}. It is damaged or another program's file; "

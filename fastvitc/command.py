@@ -1,5 +1,6 @@
 """How a command-line program ends: one message and an exit code for what a user can mend, a traceback for a bug."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -14,6 +15,8 @@ Settings = TypeVar("Settings")
 
 def run_command(name: str, body: Callable[[], None]) -> None:
     """Run a program's body; exit 1 for a failure and 2 for a usage error, with one line on stderr."""
+    # torch.compile for a CPU looks for CUDA and warns that there is a toolkit but no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         body()
     except FastvitcError as error:

@@ -48,8 +48,10 @@ def pick_device(requested: str) -> torch.device:
         requested = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(requested)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {requested!r}; use auto, cpu or cuda") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {requested!r}; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             f"device {requested!r} was asked for, but PyTorch finds no CUDA device here; use --device cpu"

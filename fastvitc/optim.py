@@ -72,6 +72,7 @@ class ModelEma:
     def __init__(self, model: nn.Module, *, rate: float, every: int = 1, warmup_steps: int = 0) -> None:
         self._source, self._every, self._warmup_steps = model, every, warmup_steps
         self._average = AveragedModel(model, multi_avg_fn=_ema_of_rate(rate), use_buffers=True)
+        self._average.n_averaged.fill_(1)  # it holds a copy already, or soon the weights of a resumed run
 
     @property
     def model(self) -> nn.Module:
@@ -83,7 +84,7 @@ class ModelEma:
         if step % self._every:
             return
         if step < self._warmup_steps:
-            self._average.n_averaged.zero_()  # a first update copies
+            self._average.n_averaged.zero_()  # AveragedModel's first update copies
         self._average.update_parameters(self._source)
 
 

@@ -1,12 +1,15 @@
 """What a run tells: a progress bar or plain lines, TensorBoard, summary.csv and the picture of the curves."""
 
 import csv
+import io
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+from fastvitc.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Reporter:
         self._stream = stream
         self._csv = folder / "summary.csv"
         self._curves = folder / "curves.png"
-        self._rows = read_summary(self._csv)[:resumed_epochs] if resumed_epochs else []
+        earlier = read_summary(self._csv) if resumed_epochs and self._csv.exists() else []
+        self._rows = [row for row in earlier if row.epoch <= resumed_epochs]
         self._write_csv()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_epochs or None)
         self._bar: tqdm | None = None
@@ -88,10 +92,11 @@ class Reporter:
         self._board.close()
 
     def _write_csv(self) -> None:
-        with self._csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(EpochRow.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self._rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(EpochRow.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self._rows)
+        write_atomically(self._csv, lambda path: path.write_text(text.getvalue(), newline=""))
 
 
 def read_summary(path: Path) -> list[EpochRow]:

@@ -1,6 +1,7 @@
 """Every setting of a training run, and the recipes that fill them in."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from math import inf
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -134,6 +135,7 @@ class TrainSettings:
             "seed": (0, None),
             "warmup_epochs": (0, None),
             "precise_bn": (0, None),
+            "workers": (0, None),
             "weight_decay": (0, None),
             "mixup": (0, None),
             "cutmix": (0, None),
@@ -141,26 +143,30 @@ class TrainSettings:
             "hflip": (0, 1),
             "drop_path": (0, 1),
             "crop_ratio": (0, 1),
+            "model_ema_rate": (0, 1),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
+            if value is not None and not (low <= value < inf if high is None else low <= value <= high):
                 limit = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise UsageError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
-        if self.lr <= 0 or (self.clip_grad is not None and self.clip_grad <= 0):
-            raise UsageError("--lr and --clip-grad must be greater than 0")
+        for name in ("lr", "clip_grad", "crop_ratio", "model_ema_rate", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UsageError(f"--crop-scale must be two shares with 0 < low <= high <= 1, got {low} {high}")
-        if self.crop_ratio == 0:
-            raise UsageError("--crop-ratio must be greater than 0")
+        low, high = self.crop_aspect
+        if not 0 < low <= high < inf:
+            raise UsageError(f"--crop-aspect must be two ratios with 0 < low <= high, got {low} {high}")
         self.size()
 
 
 #: Handwritten digits must not be mirrored, and hardly cropped. 30 epochs of 1,438 images.
 _DIGITS: dict[str, Any] = {
-    "crop_scale": (0.7, 1.0),
-    "crop_aspect": (0.9, 1.1),
+    "crop_scale": (0.85, 1.0),
+    "crop_aspect": (0.95, 1.05),
     "hflip": 0.0,
     "crop_ratio": 1.0,
 }

@@ -18,6 +18,7 @@ from fastvitc.command import parse, run_command
 from fastvitc.data import ImageIndex, digits_folder, index_folder, synthetic_index
 from fastvitc.distributed import process_group
 from fastvitc.errors import FastvitcError, UsageError
+from fastvitc.files import write_atomically
 from fastvitc.run import start
 from fastvitc.settings import Recipe, TrainSettings, recipe_settings
 
@@ -31,7 +32,7 @@ def read_settings(args: Sequence[str]) -> TrainSettings:
     for flag in ("--data-dir", "--model", "--recipe", "--resume"):
         early.add_argument(flag)
     early.add_argument("--grad-accum-steps", type=int, default=1)
-    known, _ = early.parse_known_args(args)
+    known, _ = early.parse_known_args([_with_hyphens(arg) for arg in args])
     if known.resume is not None:
         saved = TrainSettings.from_dict(load_state(Path(known.resume))["settings"])
         return parse(TrainSettings, PROGRAM, args, replace(saved, resume=known.resume, output=None))
@@ -40,6 +41,12 @@ def read_settings(args: Sequence[str]) -> TrainSettings:
         return parse(TrainSettings, PROGRAM, args)  # prints the choices and exits
     shares = int(os.environ.get("WORLD_SIZE", "1")) * max(known.grad_accum_steps, 1)
     return parse(TrainSettings, PROGRAM, args, recipe_settings(recipe, known.model, shares))
+
+
+def _with_hyphens(arg: str) -> str:
+    """--data_dir=some_folder, which the parser takes as well, as --data-dir=some_folder."""
+    flag, equals, value = arg.partition("=")
+    return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
 
 
 def find_images(settings: TrainSettings) -> tuple[ImageIndex, ImageIndex]:
@@ -81,7 +88,8 @@ def train(settings: TrainSettings) -> Path:
         run = start(settings, process, *find_images(settings))
         folder = output_folder(settings) if process.is_main else Path()
         if process.is_main:
-            (folder / _ARGS).write_text(yaml.safe_dump(settings.to_dict(), sort_keys=False))
+            text = yaml.safe_dump(settings.to_dict(), sort_keys=False)
+            write_atomically(folder / _ARGS, lambda path: path.write_text(text))
         run.train(folder)
         return folder
 

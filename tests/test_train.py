@@ -134,6 +134,7 @@ def test_a_seed_fixes_the_weights(finished, few_digits, tmp_path):
 
 def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypatch):
     options = ["--model-ema", "--mixup", "0.5", "--cutmix", "0.5", "--drop-path", "0.1", "--precise-bn", "16"]
+    options += ["--model-ema-every", "1", "--model-ema-rate", "0.3"]
     options += ["--data-dir", str(few_digits), "--model", "vitc_nano", *SMALL, "--epochs", "3"]
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     train_program.train(train_program.read_settings([*options, "-o", str(whole)]))

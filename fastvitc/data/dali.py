@@ -121,7 +121,7 @@ class _Source:
         )[: len(self.dtypes)]
 
 
-@pipeline_def(enable_conditionals=True)
+@pipeline_def
 def _evaluation(config, source):
     labels, paths = _feed(source)
     encoded = fn.io.file.read(paths)

@@ -1,5 +1,6 @@
 """Decoding with PIL in worker processes: runs anywhere, and is the reference for the other loaders."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -35,12 +36,20 @@ class PilLoader(Loader):
                 pin_memory=self.config.device.type == "cuda",
                 generator=torch.Generator(),  # else each epoch would advance the global one
             )
-        for batch in self._batches:
+        for batch in self._begin(self._batches):
             if isinstance(batch, DataError):
                 self.close()
                 raise batch
             images, labels = (tensor.to(self.config.device, non_blocking=True) for tensor in batch)
             yield Batch(images.permute(0, 3, 1, 2), labels)
+
+    @staticmethod
+    def _begin(batches: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor] | DataError]:
+        gc.freeze()  # a forked worker that collected this process's garbage could wait for its threads for ever
+        try:
+            return iter(batches)
+        finally:
+            gc.unfreeze()
 
     def close(self) -> None:
         self._batches = None  # the workers end with it, so nothing that it holds may refer back to the loader
