@@ -6,6 +6,8 @@ backend in the op's order for the device that is available here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -20,17 +22,22 @@ class Backends:
     """The backends of one op.
 
     `order` lists, per device type, the backends from the most to the least preferred; the key "default" serves
-    every other device. `obstacle` maps a backend to a function of the device type that returns why it cannot run
-    there, or None when it can; a backend without an entry runs everywhere.
+    every other device. `rooms` maps a backend to its module in the op's folder, imported when it is first used.
+    `obstacle` maps a backend to a function of the device type that returns why it cannot run there, or None when it
+    can; a backend without an entry runs everywhere.
     """
 
     op: str
     order: Mapping[str, Sequence[str]]
-    rooms: Mapping[str, ModuleType]
+    rooms: Mapping[str, str]
     obstacle: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _OPS[self.op] = self
+
+    def room(self, backend: str) -> ModuleType:
+        """The module that implements a backend."""
+        return import_module(f"fastvitc.kernels.{self.op}.{self.rooms[backend]}")
 
     def why_not(self, backend: str, device_type: str) -> str | None:
         """Why `backend` cannot run on `device_type`, or None when it can."""
@@ -52,6 +59,19 @@ class Backends:
             return requested
         order = self.order.get(device_type, self.order["default"])
         return next(b for b in order if self.why_not(b, device_type) is None)
+
+
+def no_triton(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on a device type, None when they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device_type == "cuda":
+        return None
+    from fastvitc.kernels._triton import INTERPRET  # imports Triton
+
+    if device_type == "cpu" and INTERPRET:
+        return None
+    return "Triton kernels need a GPU (or, to test them slowly on a CPU, TRITON_INTERPRET=1)"
 
 
 _OPS: dict[str, Backends] = {}

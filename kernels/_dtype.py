@@ -17,6 +17,14 @@ def autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
+def check_triton(op: str, dtype: torch.dtype) -> None:
+    """Raise TypeError for a dtype that the Triton kernels do not compute in."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{op}: the triton backend takes float32, float16 or bfloat16, got {dtype}; use the backend reference"
+        )
+
+
 def check_floating(op: str, **tensors: Tensor) -> None:
     """Raise TypeError for the first tensor that is not floating point."""
     for name, tensor in tensors.items():

@@ -1,7 +1,11 @@
 import os
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+import pytest
 
 # One thread per test process: the suite runs in parallel processes instead.
 torch.set_num_threads(1)

@@ -30,9 +30,10 @@ def assert_no_worse_than_library(
     grads: Sequence[Tensor] | None = None,
     *,
     roundings: int = 1,
+    terms: int = 16,
 ) -> None:
-    """Largest and mean error of outputs and gradients of `ours` within twice those of `library`, plus the rounding
-    of a chain of so many steps."""
+    """Largest and mean error of outputs and gradients of `ours` within twice those of `library`, plus
+    `roundings` of each value in its dtype and those of a float32 sum of `terms` terms."""
     exact = outputs_and_gradients(library, [t.double() for t in inputs], grads)
     mine = outputs_and_gradients(ours, inputs, grads)
     theirs = outputs_and_gradients(library, inputs, grads)
@@ -40,6 +41,7 @@ def assert_no_worse_than_library(
         assert m.shape == e.shape
         assert m.dtype == t.dtype
         rounding = roundings * torch.finfo(m.dtype).eps * e.abs()
+        rounding += terms**0.5 * torch.finfo(torch.float32).eps * e.abs().max()
         for measure in (torch.max, torch.mean):
             allowed = 2 * measure((t.double() - e).abs()) + measure(rounding)
             found = measure((m.double() - e).abs())

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._backend import Backends, resolve
-from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating
-from fastvitc.kernels.attention import library, reference
+from fastvitc.kernels._backend import Backends, no_triton, resolve
+from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating, check_triton
+from fastvitc.kernels.attention import library
 
 _BACKENDS = Backends(
     op="attention",
-    order={"default": ("torch", "reference")},
-    rooms={"torch": library, "reference": reference},
+    order={"default": ("torch", "triton", "reference")},
+    rooms={"torch": "library", "triton": "triton", "reference": "reference"},
+    obstacle={"triton": no_triton},
 )
 
 
@@ -51,6 +52,8 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     if scale is None:
         scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     backend = resolve("attention", backend, qkv.device.type)
+    if backend == "triton":
+        check_triton("attention", qkv.dtype)
     if backend == "torch":
         return library.attention(qkv, num_heads, scale)
     return _forward(qkv, num_heads, scale, backend)[0]
@@ -59,7 +62,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
 @torch.library.custom_op("fastvitc::attention", mutates_args=())
 def _forward(qkv: Tensor, num_heads: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
-        return _BACKENDS.rooms[backend].forward(qkv.contiguous(), num_heads, scale)
+        return _BACKENDS.room(backend).forward(qkv.contiguous(), num_heads, scale)
 
 
 @_forward.register_fake
@@ -74,7 +77,7 @@ def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, backend: str
 ) -> Tensor:
     with torch.autocast(qkv.device.type, enabled=False):
-        return _BACKENDS.rooms[backend].backward(dout, qkv.contiguous(), out, lse, num_heads, scale)
+        return _BACKENDS.room(backend).backward(dout, qkv.contiguous(), out, lse, num_heads, scale)
 
 
 @_backward.register_fake

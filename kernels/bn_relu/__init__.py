@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._backend import Backends, resolve
+from fastvitc.kernels._backend import Backends, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._dtype import accumulation_dtype, check_floating
-from fastvitc.kernels.bn_relu import library, reference
+from fastvitc.kernels._dtype import accumulation_dtype, check_floating, check_triton
+from fastvitc.kernels.bn_relu import library
 
 _BACKENDS = Backends(
     op="bn_relu",
-    order={"default": ("torch", "reference")},
-    rooms={"torch": library, "reference": reference},
+    order={"default": ("torch", "triton", "reference")},
+    rooms={"torch": "library", "triton": "triton", "reference": "reference"},
+    obstacle={"triton": no_triton},
 )
 
 
@@ -64,6 +65,8 @@ def bn_relu(
     if training and count < 2:
         raise ValueError(f"bn_relu: training needs more than one value per channel, got x {tuple(x.shape)}")
     backend = resolve("bn_relu", backend, x.device.type)
+    if backend == "triton":
+        check_triton("bn_relu", x.dtype)
     if backend == "torch":
         return library.bn_relu(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y, mean, var = _forward(x, running_mean, running_var, weight, bias, training, eps, backend)
@@ -84,7 +87,7 @@ def _forward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _BACKENDS.rooms[backend].forward(x, running_mean, running_var, weight, bias, training, eps)
+    return _BACKENDS.room(backend).forward(x, running_mean, running_var, weight, bias, training, eps)
 
 
 @_forward.register_fake
@@ -109,7 +112,7 @@ def _backward(
     training: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _BACKENDS.rooms[backend].backward(dy, x, mean, var, weight, bias, eps, training)
+    dx, dweight, dbias = _BACKENDS.room(backend).backward(dy, x, mean, var, weight, bias, eps, training)
     return torch.empty_like(x).copy_(dx), dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 

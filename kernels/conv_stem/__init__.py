@@ -8,12 +8,12 @@ from torch import Tensor
 from fastvitc.kernels._backend import Backends, resolve
 from fastvitc.kernels._batch_norm import update_running
 from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating
-from fastvitc.kernels.conv_stem import library, reference
+from fastvitc.kernels.conv_stem import library
 
 _BACKENDS = Backends(
     op="conv_stem",
     order={"default": ("torch", "reference")},
-    rooms={"torch": library, "reference": reference},
+    rooms={"torch": "library", "reference": "reference"},
 )
 
 
@@ -192,7 +192,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     with torch.autocast(image.device.type, enabled=False):
-        tokens, zs, means, variances = _BACKENDS.rooms[backend].forward(
+        tokens, zs, means, variances = _BACKENDS.room(backend).forward(
             image,
             conv_weights,
             bn_weights,

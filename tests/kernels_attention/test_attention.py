@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from oracle import assert_no_worse_than_library, outputs_and_gradients
 
 from fastvitc.kernels import BackendUnavailable, attention
 
-OWN = ["reference"]
+OWN = ["reference", "triton"]
+EXACT = ["reference", "torch"]  # compute in float64 too
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
@@ -20,7 +23,7 @@ def by_steps(qkv, heads, scale=None):
     return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 16), (7, 3, 32), (17, 2, 64), (197, 1, 64)])
 def test_matches_the_equation_in_float64(backend, tokens, heads, dim):
     qkv = torch.randn(2, tokens, 3 * heads * dim, dtype=torch.float64)
@@ -45,7 +48,7 @@ def test_values_and_gradients_err_at_most_twice_as_much_as_the_library(backend, 
     )
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", EXACT)
 @settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 3),
@@ -60,6 +63,42 @@ def test_any_shape_and_scale_match_the_equation(backend, batch, tokens, heads, d
     found = outputs_and_gradients(lambda x: attention(x, heads, scale=scale, backend=backend), [qkv])
     for e, f in zip(expected, found, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([16, 32, 64, 80, 96, 128]),
+    scale=st.none() | st.floats(0.01, 1.0),
+)
+def test_any_shape_on_triton_errs_at_most_twice_as_much_as_the_library(batch, tokens, heads, dim, scale):
+    qkv = torch.randn(batch, tokens, 3 * heads * dim)
+    runs = [partial(attention, num_heads=heads, scale=scale, backend=b) for b in ("triton", "torch")]
+    assert_no_worse_than_library(*runs, [qkv], [torch.randn(batch, tokens, heads * dim)], roundings=4)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_head_size_on_triton_errs_at_most_twice_as_much_as_the_library(dim, dtype):
+    qkv = torch.randn(1, 70, 3 * 2 * dim).to(dtype)
+    runs = [partial(attention, num_heads=2, backend=b) for b in ("triton", "torch")]
+    assert_no_worse_than_library(*runs, [qkv], [torch.randn(1, 70, 2 * dim).to(dtype)])
+
+
+@pytest.mark.parametrize("tokens", [577, 1024])
+def test_long_sequences_on_triton_err_at_most_twice_as_much_as_the_library(tokens):
+    qkv = torch.randn(1, tokens, 3 * 64).bfloat16()
+    runs = [partial(attention, num_heads=1, backend=b) for b in ("triton", "torch")]
+    assert_no_worse_than_library(*runs, [qkv], [torch.randn(1, tokens, 64).bfloat16()])
+
+
+def test_float64_on_triton_is_refused_with_the_backend_that_takes_it():
+    with pytest.raises(
+        TypeError, match=r"takes float32, float16 or bfloat16, got torch.float64; use the backend"
+    ):
+        attention(torch.zeros(1, 2, 48, dtype=torch.float64), 2, backend="triton")
 
 
 @pytest.mark.parametrize("backend", [*OWN, "torch"])
@@ -121,7 +160,7 @@ def test_bad_input_raises_one_clear_error(qkv, heads, error, words):
 
 
 def test_an_unknown_backend_names_the_usable_ones():
-    with pytest.raises(BackendUnavailable, match=r"has no backend 'fast'.*auto, torch, reference"):
+    with pytest.raises(BackendUnavailable, match=r"has no backend 'fast'.*auto, torch, triton, reference"):
         attention(torch.zeros(1, 2, 48), 2, backend="fast")
 
 

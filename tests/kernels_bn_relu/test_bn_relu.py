@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from oracle import assert_no_worse_than_library, outputs_and_gradients
 
 from fastvitc.kernels import bn_relu
+from fastvitc.kernels.bn_relu import triton
 
-OWN = ["reference"]
+OWN = ["reference", "triton"]
+EXACT = ["reference", "torch"]  # compute in float64 too
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
@@ -44,7 +46,7 @@ def inputs(shape, dtype=torch.float64):
     ]
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 24, 4, 4), (4, 48, 1, 1), (3, 512, 2, 3)])
 def test_values_gradients_and_statistics_match_batch_norm_in_float64(backend, training, shape):
@@ -74,7 +76,7 @@ def test_a_large_mean_does_not_cancel(backend):
     assert_no_worse_than_library(runner(True, backend, 4), by_library(True, 4), args)
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", EXACT)
 @settings(max_examples=15, deadline=None)
 @given(
     batch=st.integers(1, 3),
@@ -92,6 +94,29 @@ def test_any_shape_matches_batch_norm(backend, batch, channels, height, width, t
         torch.testing.assert_close(f, e, rtol=1e-8, atol=1e-9)
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 70),
+    height=st.integers(1, 9),
+    width=st.integers(2, 9),
+    training=st.booleans(),
+)
+def test_any_shape_on_triton_errs_at_most_twice_as_much_as_the_library(
+    batch, channels, height, width, training
+):
+    args = inputs((batch, channels, height, width), torch.float32)
+    ours, library = runner(training, "triton", channels), by_library(training, channels)
+    assert_no_worse_than_library(ours, library, args, [torch.randn_like(args[0])], roundings=8)
+
+
+def test_many_row_chunks_merge_to_the_same_statistics(monkeypatch):
+    monkeypatch.setattr(triton, "_CHUNKS", 5)
+    ours, library = runner(True, "triton", 6), by_library(True, 6)
+    x, weight, bias = inputs((2, 6, 41, 43), torch.float32)
+    assert_no_worse_than_library(ours, library, [x + 100, weight, bias], roundings=8)
+
+
 @pytest.mark.parametrize("backend", [*OWN, "torch"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_memory_format_is_kept(backend, layout):
@@ -102,7 +127,7 @@ def test_the_memory_format_is_kept(backend, layout):
 
 @pytest.mark.parametrize("backend", OWN)
 def test_expanded_gradients_are_taken(backend):
-    x, weight, bias = inputs((2, 8, 4, 6))
+    x, weight, bias = inputs((2, 8, 4, 6), torch.float32)
     x.requires_grad_()
     (found,) = torch.autograd.grad(runner(True, backend, 8)(x, weight, bias).sum(), x)
     (expected,) = torch.autograd.grad(by_library(True, 8)(x, weight, bias).sum(), x)

@@ -1,0 +1,109 @@
+"""Registers, shared memory and instructions of every Triton kernel, compiled for GPUs that are not there.
+
+`python -m bench.resources [--arch sm_90 ...] [--quick] [--json F]` prints a row for each kernel, configuration and
+architecture at the widths of the paper's models, and exits with 1 if one of them spills, uses more shared memory than a
+program may, lacks tensor-core instructions where it multiplies matrices in 16 bits, or loads its streams in less than
+128 bits. What it says is read from the compiled code; no GPU is used.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from bench.aot import LIMITS, Kernel, compiled
+from fastvitc.config import ViTConfig, preset
+from fastvitc.kernels.attention import triton as attention
+from fastvitc.kernels.bn_relu import triton as bn_relu
+
+MODELS = ("vitc_1gf", "vitc_4gf", "vitc_18gf", "vitc_36gf")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_BATCH = 128
+
+
+def _attention(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    qkv = torch.empty(_BATCH, tokens, 3 * heads * head_dim, dtype=dtype, device="meta")
+    out, lse = attention.forward(qkv, heads, head_dim**-0.5)
+    attention.backward(torch.empty_like(out), qkv, out, lse, heads, head_dim**-0.5)
+
+
+def _bn_relu(channels: int, side: int, dtype: torch.dtype) -> None:
+    x = torch.empty(_BATCH, side, side, channels, dtype=dtype, device="meta").permute(0, 3, 1, 2)
+    mean, var, weight, bias = (torch.empty(channels, device="meta") for _ in range(4))
+    bn_relu.forward(x, mean, var, weight, bias, True, 1e-5)
+    bn_relu.backward(torch.empty_like(x), x, mean, var, weight, bias, 1e-5, True)
+
+
+def _layers(config: ViTConfig) -> Iterator[tuple[int, int]]:
+    """(channels, side of the square output) of each 3x3 convolution."""
+    side = config.image_size[0]
+    for channels, stride in zip(config.stem.channels[:-1], config.stem.strides, strict=False):
+        side //= stride
+        yield channels, side
+
+
+def calls(quick: bool) -> dict[str, Callable[[], None]]:
+    """Label → a call that launches an op's kernels forward and backward."""
+    found: dict[str, Callable[[], None]] = {}
+    dtypes = {"bf16": torch.bfloat16} if quick else _DTYPES
+    for name, dtype in dtypes.items():
+        for head_dim in (64,) if quick else (32, 64, 80, 96, 128):
+            label = f"attention, 197 tokens, heads of {head_dim}, {name}"
+            found[label] = lambda d=head_dim, t=dtype: _attention(197, 6, d, t)
+        shapes = {shape for model in MODELS for shape in _layers(preset(model))}
+        for channels, side in sorted(shapes)[:1] if quick else sorted(shapes):
+            label = f"bn_relu, {channels} channels of {side}x{side}, {name}"
+            found[label] = lambda c=channels, s=side, t=dtype: _bn_relu(c, s, t)
+    return found
+
+
+def faults(label: str, kernel: Kernel) -> list[str]:
+    """Why a kernel must not ship; empty when it may."""
+    found = kernel.faults()
+    if label.startswith("attention") and not label.endswith("fp32") and not kernel.tensor_core_instructions:
+        found.append("no tensor-core instructions")
+    if kernel.streams and kernel.load_bits < 128:
+        found.append(f"loads of {kernel.load_bits} bits")
+    return found
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("--quick", action="store_true", help="one shape of each op, bf16")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    options = parser.parse_args(args)
+    rows, failed = [], 0
+    header = ("arch", "warps", "regs", "spill", "shared", "resident", "tensor cores", "load")
+    print(f"{'kernel':<28}" + "".join(f"{word:>14}" for word in header))
+    for arch in options.arch:
+        for label, call in calls(options.quick).items():
+            for kernel in compiled(arch, call):
+                wrong = faults(label, kernel)
+                failed += bool(wrong)
+                rows.append({"configuration": label, **asdict(kernel), "faults": wrong})
+                cells = (
+                    arch,
+                    kernel.num_warps,
+                    kernel.registers,
+                    kernel.spills,
+                    kernel.shared,
+                    kernel.resident_warps,
+                    f"{kernel.tensor_core_instructions} {kernel.tensor_core}".strip(),
+                    kernel.load_bits,
+                )
+                print(f"{kernel.kernel:<28}" + "".join(f"{c:>14}" for c in cells) + f"  {label}", flush=True)
+                if wrong:
+                    print(f"  FAULT: {'; '.join(wrong)}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{len(rows)} kernels compiled, {failed} at fault")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

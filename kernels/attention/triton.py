@@ -1,0 +1,215 @@
+"""Attention on the GPU: forward with online softmax, backward without atomics, on the packed projection in place.
+
+B batch, T tokens, N heads, D head dim. Forward: one program per block of BM queries of one (image, head). Backward: one
+program per (image, head) and role: a block of keys, which makes dK and dV, or a block of queries, which makes dQ. Both
+roles recompute P from the row log-sum-exp; reads that they share come from the cache, so that what crosses DRAM is qkv,
+out, dout and lse once, and dqkv. Each element of the gradient is written by one program: results repeat bitwise.
+
+Not measured on a GPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvitc.kernels._triton import LOG2E, architecture, launch, load, rounded, store
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tile and launch sizes: BM queries by BN keys."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
+    """Sizes of the forward kernel: the largest that spill on no architecture."""
+    if dtype == torch.float32:
+        return Blocks(32, 32, 4, 1) if head_dim <= 64 else Blocks(16, 16, 4, 1)
+    return Blocks(64, 64 if head_dim <= 64 else 32, 4, 2)
+
+
+def backward_blocks(dtype: torch.dtype, head_dim: int, architecture: str) -> Blocks:
+    """Sizes of the backward kernel: as large as registers allow; 64 rows make warp-group instructions on sm_90."""
+    if dtype == torch.float32:
+        return Blocks(16, 16, 4, 1) if head_dim <= 64 else Blocks(16, 32, 8, 1)
+    if head_dim > 64:
+        return Blocks(32, 32, 4, 1)
+    return Blocks(64, 64, 4, 1) if architecture in ("sm_90", "sm_100") else Blocks(64, 32, 4, 1)
+
+
+@triton.jit
+def _tile(base, rows, columns, stride, T, D: tl.constexpr, INTERPRET: tl.constexpr):
+    """Rows of one head's matrix: (rows, columns), zero past the T-th row and the D-th column."""
+    mask = (rows[:, None] < T) & (columns[None, :] < D)
+    return load(base + rows[:, None] * stride + columns[None, :], mask, INTERPRET)
+
+
+@triton.jit
+def _put(base, x, rows, columns, stride, T, D: tl.constexpr, INTERPRET: tl.constexpr):
+    """Store what `_tile` would load."""
+    mask = (rows[:, None] < T) & (columns[None, :] < D)
+    store(base + rows[:, None] * stride + columns[None, :], x, mask, INTERPRET)
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    qkv,  # (B, T, 3, N, D)
+    out,  # (B, T, N, D)
+    lse,  # (B, N, T) float32
+    T,
+    N,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    image, head = tl.program_id(1) // N, tl.program_id(1) % N
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    width = N * D
+    q_base = qkv + image.to(tl.int64) * T * 3 * width + head * D
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.arange(0, BD)
+    q = _tile(q_base, rows, columns, 3 * width, T, D, INTERPRET)  # (BM, BD)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    for start in range(0, T, BN):
+        keys = start + tl.arange(0, BN)
+        k = _tile(q_base + width, keys, columns, 3 * width, T, D, INTERPRET)  # (BN, BD)
+        v = _tile(q_base + 2 * width, keys, columns, 3 * width, T, D, INTERPRET)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        scores = tl.where(keys[None, :] < T, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(rounded(p, dtype, INTERPRET), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+    out_base = out + image.to(tl.int64) * T * width + head * D
+    _put(out_base, acc / total[:, None], rows, columns, width, T, D, INTERPRET)
+    lse_base = lse + (image.to(tl.int64) * N + head) * T
+    tl.store(lse_base + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
+
+
+@triton.jit
+def _attention_bwd_kernel(
+    dout,  # (B, T, N, D)
+    qkv,  # (B, T, 3, N, D)
+    out,  # (B, T, N, D)
+    lse,  # (B, N, T) float32
+    dqkv,  # (B, T, 3, N, D)
+    T,
+    N,
+    scale,
+    key_blocks,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    image, head = tl.program_id(1) // N, tl.program_id(1) % N
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    width = N * D
+    packed = image.to(tl.int64) * T * 3 * width + head * D
+    plain = image.to(tl.int64) * T * width + head * D
+    lse_base = lse + (image.to(tl.int64) * N + head) * T
+    columns = tl.arange(0, BD)
+    block = tl.program_id(0)
+    if block < key_blocks:
+        keys = block * BN + tl.arange(0, BN)
+        k = _tile(qkv + packed + width, keys, columns, 3 * width, T, D, INTERPRET)  # (BN, BD)
+        v = _tile(qkv + packed + 2 * width, keys, columns, 3 * width, T, D, INTERPRET)
+        dk = tl.zeros((BN, BD), tl.float32)
+        dv = tl.zeros((BN, BD), tl.float32)
+        for start in range(0, T, BM):
+            rows = start + tl.arange(0, BM)
+            q = _tile(qkv + packed, rows, columns, 3 * width, T, D, INTERPRET)  # (BM, BD)
+            do = _tile(dout + plain, rows, columns, width, T, D, INTERPRET)
+            o = _tile(out + plain, rows, columns, width, T, D, INTERPRET)
+            delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+            # A row past the end has q = do = 0: with lse = 0 its p is 1, and all it adds is 0.
+            row_lse = tl.load(lse_base + rows, mask=rows < T, other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # (BN, BM)
+            p = tl.exp2(scores - (row_lse * LOG2E)[None, :])
+            dv = tl.dot(rounded(p, dtype, INTERPRET), do, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(rounded(ds, dtype, INTERPRET), q, dk, input_precision="ieee")
+        _put(dqkv + packed + width, dk * scale, keys, columns, 3 * width, T, D, INTERPRET)
+        _put(dqkv + packed + 2 * width, dv, keys, columns, 3 * width, T, D, INTERPRET)
+    else:
+        rows = (block - key_blocks) * BM + tl.arange(0, BM)
+        q = _tile(qkv + packed, rows, columns, 3 * width, T, D, INTERPRET)
+        do = _tile(dout + plain, rows, columns, width, T, D, INTERPRET)
+        o = _tile(out + plain, rows, columns, width, T, D, INTERPRET)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        row_lse = tl.load(lse_base + rows, mask=rows < T, other=0.0)
+        dq = tl.zeros((BM, BD), tl.float32)
+        for start in range(0, T, BN):
+            keys = start + tl.arange(0, BN)
+            k = _tile(qkv + packed + width, keys, columns, 3 * width, T, D, INTERPRET)
+            v = _tile(qkv + packed + 2 * width, keys, columns, 3 * width, T, D, INTERPRET)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # (BM, BN)
+            # A key past the end has k = 0: its p is not 0, but what it adds is.
+            p = tl.exp2(scores - (row_lse * LOG2E)[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(rounded(ds, dtype, INTERPRET), k, dq, input_precision="ieee")
+        _put(dqkv + packed, dq * scale, rows, columns, 3 * width, T, D, INTERPRET)
+
+
+def forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, packed = qkv.shape
+    head_dim = packed // (3 * num_heads)
+    out = qkv.new_empty(batch, tokens, packed // 3)
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+    blocks = forward_blocks(qkv.dtype, head_dim)
+    launch(
+        _attention_fwd_kernel,
+        (triton.cdiv(tokens, blocks.BM), batch * num_heads),
+        qkv,
+        out,
+        lse,
+        tokens,
+        num_heads,
+        scale,
+        D=head_dim,
+        BD=triton.next_power_of_2(head_dim),
+        **vars(blocks),
+    )
+    return out, lse
+
+
+def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+    batch, tokens, packed = qkv.shape
+    head_dim = packed // (3 * num_heads)
+    dqkv = torch.empty_like(qkv)
+    blocks = backward_blocks(qkv.dtype, head_dim, architecture(qkv.device))
+    key_blocks = triton.cdiv(tokens, blocks.BN)
+    launch(
+        _attention_bwd_kernel,
+        (key_blocks + triton.cdiv(tokens, blocks.BM), batch * num_heads),
+        dout.contiguous(),
+        qkv,
+        out,
+        lse,
+        dqkv,
+        tokens,
+        num_heads,
+        scale,
+        key_blocks,
+        D=head_dim,
+        BD=triton.next_power_of_2(head_dim),
+        **vars(blocks),
+    )
+    return dqkv
