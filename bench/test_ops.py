@@ -162,6 +162,11 @@ def _module_contests(name, config, batch_size, device, dtype):
         (_block_of, tokens, block_complexity(config).flops),
     ):
         modules = {k: _Autocast(m, dtype) for k, m in _modules(part, single, device).items()}
+        if part is _stem_of:
+            del modules["fastvitc"]
+            for backend in _own("conv_stem", device):
+                stem = trained_like(single, backend=backend).stem.to(device).train()
+                modules[f"fastvitc {backend}"] = _Autocast(stem, dtype)
         truth = part("fastvitc", trained_like(single, backend="reference")).to(device).train()
         for backward in (False, True):
             yield _contest(

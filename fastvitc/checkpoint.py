@@ -32,6 +32,14 @@ def save_model(folder: Path, model: VisionTransformer, **notes: Any) -> None:
     write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
+def model_folder(path: str | Path) -> Path:
+    """The folder of a saved model, named itself or by its weights."""
+    path = Path(path)
+    if (path / "best" / CONFIG).exists() and not (path / CONFIG).exists():
+        raise CheckpointError(f"{path} is a run, not a saved model; name its best/ or last/ folder")
+    return path.parent if path.name == WEIGHTS else path
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The contents of a saved model's config.json."""
     path = folder / CONFIG
@@ -58,9 +66,7 @@ def load_model(folder: str | Path, *, backend: str = "auto") -> VisionTransforme
     Raises:
         CheckpointError: the folder is not a saved model, or its files are damaged or do not fit each other.
     """
-    folder = Path(folder)
-    if folder.name == WEIGHTS:
-        folder = folder.parent
+    folder = model_folder(folder)
     entry = read_config(folder)["model"]
     try:
         model = VisionTransformer(_model_config(entry), backend=backend)
@@ -86,18 +92,27 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save({"format": _FORMAT, **state}, temporary))
 
 
+def state_file(path: Path) -> Path:
+    """The state at `path`: the file itself, or that of a run's folder or its last/.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = next((c for c in (path, path / "last" / STATE, path / STATE) if c.is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"nothing to resume at {path}: expected a run's output folder, its last/ folder or its {STATE}"
+        )
+    return found.absolute()
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """The state that `save_state` wrote, on the CPU; `path` may be the run's folder.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is another program's.
     """
-    candidates = (path, path / "last" / STATE, path / STATE)
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is None:
-        raise CheckpointError(
-            f"nothing to resume at {path}: expected a run's output folder, its last/ folder or its {STATE}"
-        )
+    file = state_file(path)
     try:
         with zipfile.ZipFile(file) as records:
             damaged = records.testzip()  # torch.load does not look at the checksums

@@ -25,6 +25,14 @@ def run_command(name: str, body: Callable[[], None]) -> None:
     except BackendUnavailable as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(

@@ -25,9 +25,10 @@ class StemConfig:
     strides: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not len(self.channels) == len(self.kernels) == len(self.strides) > 0:
+        sizes = (*self.channels, *self.kernels, *self.strides)
+        if not len(self.channels) == len(self.kernels) == len(self.strides) > 0 or min(sizes) < 1:
             raise UsageError(
-                "a stem needs equally many channels, kernels and strides, at least one of each; got "
+                "a stem needs equally many channels, kernels and strides, at least one of each and all positive; got "
                 f"channels={self.channels}, kernels={self.kernels}, strides={self.strides}"
             )
 
@@ -67,7 +68,7 @@ class ViTConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise UsageError(
                 f"heads must divide width, got width={self.width} and heads={self.heads}; "
                 f"the nearest number of heads that does is {self._nearest_heads()}"
@@ -105,10 +106,12 @@ class ViTConfig:
 
 def as_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) from one number or a pair."""
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return int(height), int(width)
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise UsageError(
+            f"image_size is a side or (height, width), whole numbers of pixels; got {image_size}"
+        )
+    return sides
 
 
 def check_image_size(image_size: tuple[int, int], stride: int) -> None:

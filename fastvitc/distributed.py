@@ -1,15 +1,19 @@
 """One process or many: rank, device and the few collectives that training needs, after torchrun's environment."""
 
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvitc.errors import UsageError
+from fastvitc.errors import FastvitcError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,38 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
-    def average_buffers(self, module: torch.nn.Module) -> None:
-        """Make floating-point buffers (running statistics) their mean over all processes."""
-        if self.world_size > 1:
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    self.sum(buffer).div_(self.world_size)
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Make each tensor its mean over all processes, in place, in one message for each dtype."""
+        if self.world_size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_dtype[tensor.dtype].append(tensor)
+        for group in by_dtype.values():
+            flat = self.sum(torch.cat([tensor.flatten() for tensor in group])).div_(self.world_size)
+            parts = flat.split([tensor.numel() for tensor in group])
+            for tensor, part in zip(group, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def average_gradients(self, module: nn.Module) -> None:
+        """Make the gradients of a module's parameters their means over all processes."""
+        self.average(p.grad for p in module.parameters() if p.grad is not None)
+
+    def average_buffers(self, module: nn.Module) -> None:
+        """Make floating-point buffers (running statistics) their means over all processes."""
+        self.average(buffer for buffer in module.buffers() if buffer.is_floating_point())
+
+    def agree(self, step: Callable[[], T]) -> T | None:
+        """What `step` gives on the main process, None elsewhere; an error there ends every process."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = step()
+            except FastvitcError as raised:
+                error = raised
+        if self.sum(torch.tensor(float(error is not None), device=self.device)).item():
+            raise error or FastvitcError("the main process failed; its message says why")
+        return result
 
 
 def pick_device(requested: str) -> torch.device:
@@ -56,6 +82,10 @@ def pick_device(requested: str) -> torch.device:
         raise UsageError(
             f"device {requested!r} was asked for, but PyTorch finds no CUDA device here; use --device cpu"
         )
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UsageError(
+            f"device {requested!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 
@@ -64,6 +94,8 @@ def process_group(device: str = "auto") -> Iterator[Process]:
     """Join the process group that torchrun describes, if any, and leave it at the end."""
     picked = pick_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "RANK" not in os.environ:
+        raise UsageError("WORLD_SIZE is set, but not RANK; start several processes with torchrun")
     if picked.type == "cuda":
         picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", picked.index or 0)))
         torch.cuda.set_device(picked)

@@ -4,13 +4,11 @@ Nothing here waits for the device, except `evaluate` once at its end.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastvitc.distributed import Process
 from fastvitc.mix import mix_images
@@ -100,24 +98,19 @@ class TrainStep:
         if compile:
             objective.compile(fullgraph=True, dynamic=False)
         self.objective = objective
-        self._parallel: nn.Module = objective
-        if process.world_size > 1:
-            # Averaging follows the whole compiled backward; overlapping the two would cut the graph into buckets.
-            self._parallel = DistributedDataParallel(objective, broadcast_buffers=False)
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._process = model, optimizer, process
         self._accumulate, self._clip_grad = accumulate, clip_grad
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
         """`accumulate` triples (images, labels, draw) → their mean loss, a 0-d tensor still on the device."""
         self._model.train()
         total: Tensor | None = None
-        for i, batch in enumerate(batches):
-            last = i == self._accumulate - 1
-            silent = isinstance(self._parallel, DistributedDataParallel) and not last
-            with self._parallel.no_sync() if silent else nullcontext():
-                loss = self._parallel(*batch) / self._accumulate
-                loss.backward()
+        for batch in batches:
+            loss = self.objective(*batch) / self._accumulate
+            loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
+        # After the whole backward: overlapping the two would cut the compiled graph into pieces.
+        self._process.average_gradients(self._model)
         if self._clip_grad is not None:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad)
         self._optimizer.step()

@@ -1,18 +1,17 @@
 """`fastvitc-evaluate`: accuracy of a saved model, ours or another library's, on a folder of images."""
 
-import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
 from fastvitc import convert
-from fastvitc.checkpoint import load_model, load_weights, read_config
+from fastvitc.checkpoint import load_model, load_weights, model_folder, read_config
 from fastvitc.command import parse, run_command
+from fastvitc.config import as_size
 from fastvitc.data import create_loader, digits_folder, index_split
 from fastvitc.distributed import Process, pick_device
 from fastvitc.engine import Accuracy, Evaluator
@@ -60,12 +59,12 @@ class EvaluateSettings:
 def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...] | None, float]:
     """(the model, its classes where the checkpoint names them, its crop ratio)."""
     if settings.source == "fastvitc":
-        if settings.model is not None or settings.image_size is not None:
+        if settings.model is not None or settings.image_size is not None or settings.ema:
             raise UsageError(
-                "--model and --image-size are for other libraries' checkpoints; ours know their own"
+                "--model, --image-size and --ema are for other libraries' checkpoints; ours know their own"
             )
-        model = load_model(settings.checkpoint, backend=settings.backend)
-        config = read_config(Path(settings.checkpoint))
+        folder = model_folder(settings.checkpoint)
+        model, config = load_model(folder, backend=settings.backend), read_config(folder)
         classes = config.get("classes")
         ratio = config.get("preprocessing", {}).get("crop_ratio", 0.875)
         return model, None if classes is None else tuple(classes), ratio
@@ -78,7 +77,7 @@ def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...]
     model = create_model(
         settings.model,
         num_classes=len(weights["head.bias"]) if "head.bias" in weights else 0,
-        image_size=None if size is None else (size[0], size[-1]),
+        image_size=None if size is None else as_size(size[0] if len(size) == 1 else size),
         pool="token" if "class_token" in weights else "mean",
         backend=settings.backend,
     )
@@ -108,8 +107,8 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
         batch_size=settings.batch_size,
         image_size=model.config.image_size,
         device=process.device,
-        workers=os.cpu_count() or 1 if settings.workers is None else settings.workers,
-        crop_ratio=settings.crop_ratio or crop_ratio,
+        workers=settings.workers,
+        crop_ratio=crop_ratio if settings.crop_ratio is None else settings.crop_ratio,
     )
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = model.to(process.device, memory_format=torch.channels_last)

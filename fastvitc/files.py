@@ -1,7 +1,6 @@
 """Files that are whole or not there."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +8,19 @@ from pathlib import Path
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary sibling, force it to disk, and rename it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        _force_to_disk(temporary)
         temporary.replace(path)
+        _force_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _force_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -9,8 +9,26 @@ from pathlib import Path
 
 import torch
 
-#: Dense bfloat16/float16 peaks in floating-point operations (a multiply-add is two) per second, vendor data sheets.
-_GPU_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+#: Dense bfloat16 and float16 peaks in floating-point operations (a multiply-add is two) per second, vendor data sheets,
+#: by the device's own name.
+_GPU_PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "xformers",
+    "timm",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+)
 
 
 def processor() -> str:
@@ -31,7 +49,7 @@ def describe(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and the libraries that matter here; "not installed" where one is missing."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "triton", "xformers", "timm", "nvidia-dali-cuda130"):
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -69,7 +87,6 @@ def copy_peak(device: torch.device, megabytes: int = 256, rounds: int = 5) -> fl
 def flops_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The yardstick of an MFU and where it comes from: the data sheet of a known GPU, else a measured product."""
     name = describe(device)
-    for known, peak in _GPU_PEAKS.items():
-        if device.type == "cuda" and known in name and dtype in (torch.bfloat16, torch.float16):
-            return peak, f"{known} data sheet, dense {str(dtype).removeprefix('torch.')}"
+    if name in _GPU_PEAKS and dtype in (torch.bfloat16, torch.float16):
+        return _GPU_PEAKS[name], f"{name} data sheet, dense {str(dtype).removeprefix('torch.')}"
     return matmul_peak(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matmul"

@@ -6,19 +6,22 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from fastvitc.distributed import Process
+
 
 class Meter:
     """Loss, images per second and the share of time spent waiting for data, over an epoch.
 
     Args:
         images_per_step: over all processes.
+        process: this process.
     """
 
-    def __init__(self, images_per_step: int) -> None:
-        self._images_per_step = images_per_step
+    def __init__(self, images_per_step: int, process: Process) -> None:
+        self._images_per_step, self._process = images_per_step, process
         self._loss: Tensor | None = None
         self._losses = 0
-        self.restart()
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -36,13 +39,15 @@ class Meter:
     def restart(self) -> float:
         """Forget the time and the steps so far, as after a first step that compiles; return that time."""
         now = time.perf_counter()
-        elapsed = now - getattr(self, "_start", now)
+        elapsed = now - self._start
         self._start, self._waited, self._steps = now, 0.0, 0
         return elapsed
 
     def mean_loss(self) -> float:
-        """Mean loss of the epoch so far; waits for the device."""
-        return float("nan") if self._loss is None else self._loss.item() / self._losses
+        """Mean loss of the epoch so far over all processes; waits for the device and for them."""
+        if self._loss is None:
+            return float("nan")
+        return self._process.sum(self._loss.clone()).item() / (self._losses * self._process.world_size)
 
     def rates(self) -> tuple[float, float]:
         """(images per second over all processes, share of the time spent waiting for data)."""

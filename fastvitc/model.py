@@ -18,7 +18,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         config: sizes, stem and pooling.
-        backend: implementation of the ops, see `fastvitc.kernels`; "auto" takes the fastest that runs here.
+        backend: implementation of the ops, see `fastvitc.kernels`; "auto" takes the first of each op's that runs here.
         grad_checkpointing: keep only each block's input for backward and recompute the rest.
 
     The head starts at zero, as in the paper's code: a new model's logits are all zero.
@@ -84,7 +84,8 @@ def resize_pos_embed(
     """Position embedding (1, prefix + h·w, C) for another grid of patches, by antialiased bicubic interpolation.
 
     The first `prefix_tokens` rows (the class token's) are kept. `load_state_dict` of a model does this by itself
-    where the weights come from a square image of another size; for weights of a rectangular image call it first.
+    where the weights come from a square image with another number of patches; for others call it first (an embedding
+    with as many rows as the model's is loaded as it is).
 
     Raises:
         ValueError: `pos_embed` does not have prefix_tokens + h·w rows.

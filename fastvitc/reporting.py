@@ -33,20 +33,28 @@ class Reporter:
 
     Args:
         folder: of the run.
-        resumed_epochs: rows of an earlier part of the run that stand; later ones are dropped.
+        resumed_epochs, resumed_steps: of an earlier part of the run that stand; what it logged later is dropped.
         stream: for lines and the bar; a bar is drawn only on a terminal.
     """
 
-    def __init__(self, folder: Path, *, resumed_epochs: int = 0, stream: TextIO = sys.stdout) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resumed_epochs: int = 0,
+        resumed_steps: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self._stream = stream
+        self._stream = sys.stdout if stream is None else stream
         self._csv = folder / "summary.csv"
         self._curves = folder / "curves.png"
         earlier = read_summary(self._csv) if resumed_epochs and self._csv.exists() else []
         self._rows = [row for row in earlier if row.epoch <= resumed_epochs]
         self._write_csv()
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_epochs or None)
+        purge = resumed_steps + 1 if resumed_steps else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self._bar: tqdm | None = None
 
     def line(self, text: str) -> None:
@@ -73,14 +81,15 @@ class Reporter:
         else:
             self._bar.set_postfix_str(text)
 
-    def end_epoch(self, row: EpochRow, text: str) -> None:
+    def end_epoch(self, row: EpochRow, step: int, text: str) -> None:
+        """The end of an epoch, after optimiser step number `step`."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         self._rows.append(row)
         self._write_csv()
         for name, value in asdict(row).items():
-            self._board.add_scalar(f"epoch/{name}", value, row.epoch)
+            self._board.add_scalar(f"epoch/{name}", value, step)
         self.line(text)
 
     def close(self) -> None:
@@ -115,7 +124,7 @@ def draw_curves(rows: list[EpochRow], path: Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     losses, accuracy, rate = figure.subplots(1, 3)
     epochs = [row.epoch for row in rows]
-    losses.plot(epochs, [row.train_loss for row in rows], label="train")
+    losses.plot(epochs, [row.train_loss for row in rows], label="train, with its smoothing and mixing")
     losses.plot(epochs, [row.val_loss for row in rows], label="validation")
     losses.set(title="Loss", xlabel="epoch")
     losses.legend()
@@ -126,4 +135,4 @@ def draw_curves(rows: list[EpochRow], path: Path) -> None:
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch")
     for axes in (losses, accuracy, rate):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -1,7 +1,6 @@
 """A training run: data, model and step put together, and the loop over epochs."""
 
 import math
-import os
 import time
 from itertools import islice
 from pathlib import Path
@@ -106,11 +105,15 @@ class Run:
         """The model that is evaluated and saved: the average where one is kept."""
         return self.ema.model if self.ema is not None else self.model
 
-    def train(self, folder: Path) -> float:
-        """Run all epochs, writing into `folder`; return the best validation top-1 in percent."""
-        reporter = Reporter(folder, resumed_epochs=self.first_epoch) if self.process.is_main else None
-        self.peak = self._peak()
-        if reporter is not None:
+    def train(self, folder: Path | None) -> float:
+        """Run all epochs; return the best validation top-1 in percent. The process with a folder reports and saves."""
+        reporter = None
+        if folder is not None:
+            done = self.first_epoch
+            reporter = Reporter(folder, resumed_epochs=done, resumed_steps=done * self.steps)
+            self.peak = (
+                self._peak()
+            )  # on the main process alone: several at once would share what they measure
             self._announce(reporter, folder)
         try:
             for epoch in range(self.first_epoch, self.settings.epochs):
@@ -120,13 +123,12 @@ class Run:
             self.val_loader.close()
             if reporter is not None:
                 reporter.close()
-        if reporter is not None:
+        if reporter is not None and folder is not None:
             reporter.line(f"best validation top-1: {self.best:.2f}%; curves: {folder / 'curves.png'}")
         return self.best
 
     def _loader(self, index: ImageIndex, training: bool) -> Loader:
         s, process = self.settings, self.process
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return create_loader(
             s.loader,
             index,
@@ -139,19 +141,29 @@ class Run:
             seed=s.seed,
             rank=process.rank,
             world_size=process.world_size,
-            workers=max(1, (os.cpu_count() or 1) // processes_here) if s.workers is None else s.workers,
+            workers=s.workers,
         )
 
     def _ema(self) -> ModelEma:
         s = self.settings
         rate = s.model_ema_rate
-        if rate is None:
+        if rate is None and (s.recipe or "").startswith("paper"):
             rate = paper_ema_rate(self.images_per_step, s.epochs, s.model_ema_every)
+        elif rate is None:
+            rate = 1.0 - 0.5 ** (s.model_ema_every / self.steps)
         return ModelEma(
             self.model, rate=rate, every=s.model_ema_every, warmup_steps=int(s.warmup_epochs * self.steps)
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
+        for what, then, now in (
+            ("classes", state["classes"], list(self.classes)),
+            ("number of processes", state["world_size"], self.process.world_size),
+        ):
+            if then != now:
+                raise UsageError(
+                    f"a resumed run keeps its {what}: it was {then}, now {now}. Start another run instead"
+                )
         load_weights(self.model, state["model"])
         if self.ema is not None:
             load_weights(self.ema.model, state["ema"] or state["model"])
@@ -192,20 +204,23 @@ class Run:
         ):
             reporter.line(line)
 
-    def _epoch(self, epoch: int, folder: Path, reporter: Reporter | None) -> None:
+    def _epoch(self, epoch: int, folder: Path | None, reporter: Reporter | None) -> None:
         s, start = self.settings, time.perf_counter()
         # One random stream per epoch and process: it does not depend on where the run was resumed.
         stream = np.random.SeedSequence((s.seed, epoch, self.process.rank))
         torch.manual_seed(int(stream.generate_state(1)[0]))
         train_loss, images_per_second, data_wait = self._train_epoch(epoch, reporter)
         if s.precise_bn:
-            batches = islice(self.train_loader, max(1, s.precise_bn // s.batch_size))
+            batches = islice(
+                self.train_loader, max(1, s.precise_bn // (s.batch_size * self.process.world_size))
+            )
             precise_batch_norm(self.evaluated, batches, dtype=self.dtype)
-        self.process.average_buffers(self.evaluated)
+        for model in {self.model, self.evaluated}:
+            self.process.average_buffers(model)
         accuracy = self.evaluate(self.val_loader)
         is_best = accuracy.top1 > self.best
         self.best = max(self.best, accuracy.top1)
-        if reporter is None:
+        if reporter is None or folder is None:
             return
         self._save(epoch, folder, accuracy, is_best)
         row = EpochRow(
@@ -222,6 +237,7 @@ class Run:
         )
         reporter.end_epoch(
             row,
+            (epoch + 1) * self.steps,
             f"epoch {row.epoch}/{s.epochs}: loss {row.train_loss:.4f}, validation loss {row.val_loss:.4f}, "
             f"top-1 {row.val_top1:.2f}%, top-5 {row.val_top5:.2f}% of {accuracy.images}, "
             f"{row.images_per_second:,.0f} images/s, data wait {row.data_wait:.0%}, MFU {row.mfu:.1%}, "
@@ -234,7 +250,7 @@ class Run:
 
     def _train_epoch(self, epoch: int, reporter: Reporter | None) -> tuple[float, float, float]:
         """(mean loss, images per second, share of time spent waiting for data) of one epoch."""
-        s, meter = self.settings, Meter(self.images_per_step)
+        s, meter = self.settings, Meter(self.images_per_step, self.process)
         self.train_loader.set_epoch(epoch)
         if reporter is not None:
             reporter.start_epoch(epoch + 1, s.epochs, self.steps)
@@ -277,8 +293,8 @@ class Run:
     def _finite(self, loss: float, epoch: int) -> float:
         if not math.isfinite(loss):
             raise FastvitcError(
-                f"the training loss became {loss} in epoch {epoch + 1}; the last saved state is that of epoch "
-                f"{epoch}. Lower --lr, lengthen --warmup-epochs or set --clip-grad"
+                f"the training loss became {loss} in epoch {epoch + 1}; what was saved is that of the epochs before. "
+                "Lower --lr, lengthen --warmup-epochs or set --clip-grad"
             )
         return loss
 
@@ -309,6 +325,8 @@ class Run:
                 "ema": None if self.ema is None else self.ema.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "settings": s.to_dict(),
+                "classes": list(self.classes),
+                "world_size": self.process.world_size,
                 "backends": self.backends,
             },
         )
@@ -316,6 +334,5 @@ class Run:
 
 def start(settings: TrainSettings, process: Process, train: ImageIndex, val: ImageIndex) -> Run:
     """A run from its settings, continued where they name one to resume."""
-    settings.check()
     state = load_state(Path(settings.resume)) if settings.resume else None
     return Run(settings, process, train, val, state)

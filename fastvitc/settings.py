@@ -23,7 +23,8 @@ class TrainSettings:
     loader: Literal["auto", "dali", "pil", "synthetic"] = "auto"
     """Decoder: DALI, PIL in worker processes, or random images without any disk. auto: DALI on a GPU, else PIL."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
-    """Decoding processes or threads per training process; by default the CPU cores it has."""
+    """Decoding processes or threads per training process; by default its cores, or a quarter of them when it trains on
+    them."""
     image_size: tuple[int, ...] | None = None
     """Side in pixels, or height and width; by default the model's."""
     crop_scale: tuple[float, float] = (0.35, 1.0)
@@ -77,15 +78,18 @@ class TrainSettings:
     model_ema: bool = False
     """Keep a moving average of the weights, evaluate and save that."""
     model_ema_rate: float | None = None
-    """Share of the new weights in an update; by default the paper's code's, 1e-5 · total batch/epochs · steps."""
-    model_ema_every: int = 32
+    """Share of the new weights in an update; by default the paper's code's in its recipes (1e-5 · total batch/epochs ·
+    steps between updates), else such that an epoch's weights count half after another epoch."""
+    model_ema_every: int = 1
     """Optimiser steps between updates of the average."""
     precise_bn: int = 0
-    """Training images per process over which BatchNorm's statistics are recomputed before each evaluation; 0: none."""
+    """Training images, over all processes, to recompute BatchNorm's statistics on before each evaluation; 0: none."""
 
     # Machine
     device: str = "auto"
     """cuda, cpu, or auto."""
+    threads: int | None = None
+    """CPU threads of the model; by default PyTorch's."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast; weights and statistics stay float32."""
     compile: bool = True
@@ -97,7 +101,7 @@ class TrainSettings:
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder of the run; by default runs/<model>-<date>-<time>."""
     resume: str | None = None
-    """Continue a run from its folder, with its settings unless given anew."""
+    """Continue a run in its folder, with its settings; those of length, data folder and machine may be given anew."""
     log_every: int = 50
     """Steps between log points (the only ones that wait for the device)."""
     peak_tflops: float | None = None
@@ -115,6 +119,23 @@ class TrainSettings:
     def to_dict(self) -> dict[str, Any]:
         """Names and values, plain enough for YAML and JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def continuing(self, saved: "TrainSettings") -> "TrainSettings":
+        """These settings, for a run that began with the saved ones.
+
+        Raises:
+            UsageError: a setting that a run keeps to its end differs.
+        """
+        changed = [
+            f"--{field.name.replace('_', '-')} was {getattr(saved, field.name)}, now {getattr(self, field.name)}"
+            for field in fields(self)
+            if field.name not in _MAY_CHANGE and getattr(self, field.name) != getattr(saved, field.name)
+        ]
+        if changed:
+            raise UsageError(
+                f"a resumed run keeps its settings: {'; '.join(changed)}. Start another run instead"
+            )
+        return self
 
     def size(self) -> tuple[int, int] | None:
         """(height, width) asked for, None for the model's own."""
@@ -136,6 +157,7 @@ class TrainSettings:
             "warmup_epochs": (0, None),
             "precise_bn": (0, None),
             "workers": (0, None),
+            "threads": (1, None),
             "weight_decay": (0, None),
             "mixup": (0, None),
             "cutmix": (0, None),
@@ -163,12 +185,27 @@ class TrainSettings:
         self.size()
 
 
-#: Handwritten digits must not be mirrored, and hardly cropped. 30 epochs of 1,438 images.
+_MAY_CHANGE = {
+    "epochs",
+    "data_dir",
+    "workers",
+    "device",
+    "compile",
+    "log_every",
+    "peak_tflops",
+    "output",
+    "resume",
+}
+
+#: Handwritten digits must not be mirrored, and hardly cropped. So small a model gains little from a second thread, and
+#: loses much where another program wants its core; casting its weights to bfloat16 costs more than it saves.
 _DIGITS: dict[str, Any] = {
     "crop_scale": (0.85, 1.0),
     "crop_aspect": (0.95, 1.05),
     "hflip": 0.0,
     "crop_ratio": 1.0,
+    "threads": 1,
+    "precision": "fp32",
 }
 
 #: Folders of some thousands of photographs or drawings, from scratch; not from the paper.
@@ -192,6 +229,7 @@ _PAPER: dict[str, Any] = {
     "cutmix": 1.0,
     "smoothing": 0.1,
     "model_ema": True,
+    "model_ema_every": 32,
     "precise_bn": 8192,
 }
 _PAPER_BATCH = 2048

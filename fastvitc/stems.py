@@ -43,15 +43,10 @@ class ConvStem(nn.Module):
         self, image: Tensor, class_token: Tensor | None = None, pos_embed: Tensor | None = None
     ) -> Tensor:
         """(B, in_chans, H, W) → tokens (B, S, width), S = H/stride · W/stride, plus one with a class token."""
-        if self.training:
+        training, momentum, eps = self._norm_settings()
+        if training:
             for norm in self.norms:
-                if isinstance(norm, nn.SyncBatchNorm):
-                    raise TypeError(
-                        "the stem's op does not synchronise BatchNorm statistics over processes; train with the "
-                        "nn.BatchNorm2d it was made with (the paper's statistics are per process, too)"
-                    )
                 norm.num_batches_tracked.add_(1)
-        first = self.norms[0] if len(self.norms) else None
         return conv_stem(
             image,
             [conv.weight for conv in self.convs],
@@ -63,13 +58,28 @@ class ConvStem(nn.Module):
             self.proj.bias,
             class_token,
             pos_embed,
-            self.training,
-            first.momentum if first else 0.1,
-            first.eps if first else 1e-5,
+            training,
+            momentum,
+            eps,
             strides=self.config.strides,
             paddings=self.config.paddings,
             backend=self.backend,
         )
+
+    def _norm_settings(self) -> tuple[bool, float, float]:
+        """(training, momentum, eps) of the norms; `stem.norms.eval()` freezes them, as it does in any module."""
+        settings = {(norm.training, norm.momentum, norm.eps) for norm in self.norms} or {(False, 0.1, 1e-5)}
+        if len(settings) > 1:
+            raise ValueError(
+                f"the stem's norms must share (training, momentum, eps), they have {sorted(settings)}"
+            )
+        ((training, momentum, eps),) = settings
+        if training and any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norms):
+            raise TypeError(
+                "the stem's op does not synchronise BatchNorm statistics over processes; train with the "
+                "nn.BatchNorm2d it was made with (the paper's statistics are per process, too)"
+            )
+        return training, momentum, eps
 
 
 class PatchifyStem(ConvStem):

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import torch
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastvitc.checkpoint import load_state
+from fastvitc.checkpoint import STATE, load_state, state_file
 from fastvitc.command import parse, run_command
 from fastvitc.data import ImageIndex, digits_folder, index_folder, synthetic_index
 from fastvitc.distributed import process_group
@@ -23,19 +24,22 @@ from fastvitc.run import start
 from fastvitc.settings import Recipe, TrainSettings, recipe_settings
 
 PROGRAM = "fastvitc-train"
-_ARGS = "args.yaml"
 
 
 def read_settings(args: Sequence[str]) -> TrainSettings:
     """The command line over the recipe's settings, or over the resumed run's."""
-    early = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--data-dir", "--model", "--recipe", "--resume"):
         early.add_argument(flag)
     early.add_argument("--grad-accum-steps", type=int, default=1)
-    known, _ = early.parse_known_args([_with_hyphens(arg) for arg in args])
+    try:
+        known, _ = early.parse_known_args([_with_hyphens(arg) for arg in args])
+    except argparse.ArgumentError:
+        return parse(TrainSettings, PROGRAM, args)  # says what is wrong and exits
     if known.resume is not None:
         saved = TrainSettings.from_dict(load_state(Path(known.resume))["settings"])
-        return parse(TrainSettings, PROGRAM, args, replace(saved, resume=known.resume, output=None))
+        saved = replace(saved, resume=known.resume, output=None)
+        return parse(TrainSettings, PROGRAM, args, saved).continuing(saved)
     recipe = known.recipe or ("digits" if known.data_dir is None else "small")
     if recipe not in get_args(Recipe):
         return parse(TrainSettings, PROGRAM, args)  # prints the choices and exits
@@ -59,18 +63,20 @@ def find_images(settings: TrainSettings) -> tuple[ImageIndex, ImageIndex]:
 
 
 def output_folder(settings: TrainSettings) -> Path:
-    """The run's folder, made and known to be writable; it holds no other run unless that is resumed."""
-    if settings.output is not None:
-        folder = Path(settings.output)
-    elif settings.resume is not None:
-        resumed = Path(settings.resume)
-        folder = next((f for f in (resumed, *resumed.parents) if (f / _ARGS).exists()), resumed)
+    """The run's folder, made and known to be writable; it holds no other run."""
+    if settings.resume is not None:
+        if settings.output is not None:
+            raise UsageError(
+                "a resumed run goes on in its own folder; leave out --output, or copy the folder first"
+            )
+        folder = state_file(Path(settings.resume)).parent.parent
     else:
-        folder = Path("runs", f"{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if settings.resume is None and (folder / _ARGS).exists():
-        raise UsageError(
-            f"{folder} already holds a run; choose another --output, or continue it with --resume {folder}"
-        )
+        default = Path("runs", f"{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = default if settings.output is None else Path(settings.output)
+        if (folder / "last" / STATE).exists():
+            raise UsageError(
+                f"{folder} already holds a run; choose another --output, or continue it with --resume {folder}"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -82,14 +88,17 @@ def output_folder(settings: TrainSettings) -> Path:
     return folder
 
 
-def train(settings: TrainSettings) -> Path:
-    """Train as the settings say; return the run's folder."""
+def train(settings: TrainSettings) -> Path | None:
+    """Train as the settings say; return the run's folder on the main process."""
+    settings.check()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     with process_group(settings.device) as process:
         run = start(settings, process, *find_images(settings))
-        folder = output_folder(settings) if process.is_main else Path()
-        if process.is_main:
+        folder = process.agree(lambda: output_folder(settings))
+        if folder is not None:
             text = yaml.safe_dump(settings.to_dict(), sort_keys=False)
-            write_atomically(folder / _ARGS, lambda path: path.write_text(text))
+            write_atomically(folder / "args.yaml", lambda path: path.write_text(text))
         run.train(folder)
         return folder
 
@@ -99,8 +108,12 @@ def main() -> None:
 
 
 def cli() -> None:
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    run_command(PROGRAM, record(main) if under_torchrun else main)
+    def body() -> None:
+        run_command(PROGRAM, main)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        body = record(body)  # a bug's traceback goes into torchrun's report
+    body()
 
 
 if __name__ == "__main__":

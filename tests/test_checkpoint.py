@@ -121,8 +121,10 @@ def test_a_folder_that_a_failing_write_made_holds_no_temporary_file(tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_written_files_are_readable_by_all(saved):
-    assert {p.stat().st_mode & 0o777 for p in saved.iterdir()} == {0o644}
+def test_written_files_follow_the_umask(saved):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {p.stat().st_mode & 0o777 for p in saved.iterdir()} == {0o666 & ~umask}
 
 
 def one_line_of(call, *args):

@@ -187,6 +187,23 @@ def test_modules_work_outside_the_model():
     assert Attention(24, 3)(x).shape == Mlp(24, 48)(x).shape == Block(24, 3, 48)(x).shape == x.shape
 
 
+def test_frozen_norms_keep_their_statistics_in_training():
+    model = randomised(create_model("vitc_nano", num_classes=3)).train()
+    model.stem.norms.eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    image = torch.randn(2, 3, 32, 32)
+    frozen = model(image)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    torch.testing.assert_close(frozen, model.eval()(image))
+
+
+def test_norms_that_differ_in_their_settings_are_refused():
+    model = create_model("vitc_nano")
+    model.stem.norms[1].eps = 1.0
+    with pytest.raises(ValueError, match="norms must share"):
+        model(torch.zeros(2, 3, 32, 32))
+
+
 def test_sync_batch_norm_evaluates_and_refuses_to_train_unsynchronised():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(create_model("vitc_nano", num_classes=3))
     image = torch.randn(2, 3, 32, 32)

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import nn
 
 from fastvitc import machine, meter
-from fastvitc.distributed import pick_device, process_group
+from fastvitc.distributed import Process, pick_device, process_group
 from fastvitc.errors import UsageError
 from fastvitc.meter import Meter
 from fastvitc.reporting import EpochRow, Reporter, draw_curves, read_summary
 
+ALONE = Process(0, 1, torch.device("cpu"))
 ROWS = [
     EpochRow(i, 2.3 / i, 2.0 + 1 / 3, 60.1 + i, 95.0, 1e-3 / i, 1234.5, 0.01, 0.1 + 0.2, 7.25)
     for i in (1, 2, 3)
@@ -38,7 +39,7 @@ def report(folder, rows=ROWS, stream=None, **options):
             reporter.step()
             if step == 1:
                 reporter.point(4 * row.epoch + step, "halfway", loss=1.5)
-        reporter.end_epoch(row, f"end of {row.epoch}")
+        reporter.end_epoch(row, 10 * row.epoch, f"end of {row.epoch}")
     reporter.close()
     return stream.getvalue()
 
@@ -51,7 +52,7 @@ def test_summary_rows_come_back_as_they_were(tmp_path):
 def test_the_summary_is_complete_after_each_epoch(tmp_path):
     reporter = Reporter(tmp_path, stream=io.StringIO())
     for i, row in enumerate(ROWS, start=1):
-        reporter.end_epoch(row, "")
+        reporter.end_epoch(row, 10 * row.epoch, "")
         assert read_summary(tmp_path / "summary.csv") == ROWS[:i]
     reporter.close()
 
@@ -132,9 +133,9 @@ def test_tensorboard_gets_epochs_and_points(tmp_path):
     report(tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("epoch/val_top1")] == [
-        (1, 61.1),
-        (2, 62.1),
-        (3, 63.1),
+        (10, 61.1),
+        (20, 62.1),
+        (30, 63.1),
     ]
     assert [e.step for e in events.Scalars("step/loss")] == [5, 9, 13]
 
@@ -148,7 +149,7 @@ def clock(monkeypatch):
 
 
 def test_the_loss_is_the_mean_over_all_steps_even_those_before_a_restart(clock):
-    measured = Meter(8)
+    measured = Meter(8, ALONE)
     measured.add(torch.tensor(1.0))
     measured.restart()
     for loss in (2.0, 6.0):
@@ -157,11 +158,11 @@ def test_the_loss_is_the_mean_over_all_steps_even_those_before_a_restart(clock):
 
 
 def test_no_step_has_no_mean_loss(clock):
-    assert math.isnan(Meter(8).mean_loss())
+    assert math.isnan(Meter(8, ALONE).mean_loss())
 
 
 def test_rates_count_the_time_since_the_restart(clock):
-    measured = Meter(images_per_step=8)
+    measured = Meter(8, ALONE)
     clock.now += 50
     measured.add(torch.tensor(1.0))
     assert measured.restart() == 50
@@ -174,7 +175,7 @@ def test_rates_count_the_time_since_the_restart(clock):
 
 
 def test_rates_before_any_time_has_passed_are_finite(clock):
-    assert all(math.isfinite(rate) for rate in Meter(8).rates())
+    assert all(math.isfinite(rate) for rate in Meter(8, ALONE).rates())
 
 
 def test_a_package_that_is_missing_is_listed_as_such(monkeypatch):
@@ -213,7 +214,7 @@ def test_the_yardstick_of_a_cpu_is_measured(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [
-        (torch.bfloat16, (989e12, "H100 data sheet, dense bfloat16")),
+        (torch.bfloat16, (989e12, "NVIDIA H100 80GB HBM3 data sheet, dense bfloat16")),
         (torch.float32, (7.0, "measured float32 matmul")),
     ],
 )
@@ -268,9 +269,17 @@ def test_a_process_alone_is_the_main_one_of_one(world_size, monkeypatch):
 
 def test_collectives_of_a_process_alone_change_nothing():
     with process_group("cpu") as process:
-        process.barrier()
         assert process.sum(torch.tensor(3.0)) == 3
         norm = nn.BatchNorm1d(2)
         norm.running_mean.fill_(5)
         process.average_buffers(norm)
         assert (norm.running_mean == 5).all()
+
+
+def test_a_resumed_run_keeps_what_tensorboard_had(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report(tmp_path, rows=ROWS[:2])
+    report(tmp_path, rows=ROWS[2:], resumed_epochs=2, resumed_steps=20)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("epoch/val_top1")] == [10, 20, 30]

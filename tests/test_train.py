@@ -37,7 +37,7 @@ def few_digits(tmp_path_factory):
 
 
 def program(name, *args, processes=1, env=None, timeout=250):
-    launcher = [sys.executable, "-W", "ignore", "-m"]
+    launcher = [sys.executable, "-W", "error::FutureWarning", "-m"]
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     threads = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -156,6 +156,75 @@ def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypa
     assert [row.epoch for row in read_summary(interrupted / "summary.csv")] == [1, 2, 3]
 
 
+_COMPARE = """
+import torch
+from fastvitc.config import StemConfig, ViTConfig
+from fastvitc.distributed import Process, process_group
+from fastvitc.engine import TrainStep
+from fastvitc.model import VisionTransformer
+
+def weights(process, rows, accumulate):
+    torch.manual_seed(0)
+    config = ViTConfig(StemConfig((32,), (8,), (8,)), 32, 64, heads=2, depth=2, image_size=(16, 16), num_classes=4)
+    model = VisionTransformer(config)
+    step = TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.3), process, dtype=torch.float32, accumulate=accumulate,
+        clip_grad=0.5, compile=False,
+    )
+    torch.manual_seed(1)
+    images, labels = torch.randint(256, (16, 3, 16, 16), dtype=torch.uint8), torch.arange(16) % 4
+    for _ in range(3):
+        step([(images[part], labels[part], None) for part in rows])
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+with process_group("cpu") as process:
+    start = 8 * process.rank
+    shared = weights(process, [slice(start, start + 4), slice(start + 4, start + 8)], 2)
+    alone = weights(Process(0, 1, torch.device("cpu")), [slice(0, 16)], 1)
+    assert (shared - alone).abs().max() < 1e-6, (shared - alone).abs().max()
+    assert process.world_size == 2
+"""
+
+
+def test_two_processes_take_the_step_of_one_with_all_images(tmp_path):
+    (tmp_path / "compare.py").write_text(_COMPARE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "compare.py")], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+_STOP_BEFORE_THE_SECOND_EPOCH = """
+import sys
+from fastvitc import run, train
+epoch_of = run.Run._epoch
+def stop(self, epoch, *rest):
+    if epoch == 1:
+        sys.exit(3)
+    epoch_of(self, epoch, *rest)
+run.Run._epoch = stop
+train.main()
+"""
+
+
+def test_a_resumed_run_of_two_processes_ends_with_the_same_weights(few_digits, tmp_path):
+    options = ["--batch-size", "8", "--epochs", "3", "--model-ema"]
+    train(few_digits, "-o", tmp_path / "whole", *options, processes=2)
+    (tmp_path / "stop.py").write_text(_STOP_BEFORE_THE_SECOND_EPOCH)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "stop.py"), "--data-dir", str(few_digits), "--model", "vitc_nano", *SMALL]
+    subprocess.run(
+        [*command, *options, "-o", str(tmp_path / "part")], capture_output=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert load_state(tmp_path / "part")["epoch"] == 1
+    done = program("train", "--resume", tmp_path / "part", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert weights_hash(tmp_path / "part") == weights_hash(tmp_path / "whole")
+
+
 def test_two_processes_train_one_model(few_digits, tmp_path):
     log = train(few_digits, "-o", tmp_path / "run", "--batch-size", 8, "--grad-accum-steps", 2, processes=2)
     assert "32 images per step" in log
@@ -242,6 +311,46 @@ def test_another_runs_folder_is_not_overwritten(finished, few_digits, ends):
     assert code == 2
     assert "already holds a run" in message
     assert weights_hash(finished[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--image-size", 64], "--image-size was None, now (64,)"),
+        (["--weight-decay", 0.7], "--weight-decay was 0.05, now 0.7"),
+        (["--opt", "sgd"], "--opt was adamw, now sgd"),
+        (["--seed", 3], "--seed was 0, now 3"),
+        (["--output", "elsewhere"], "leave out --output"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(args, words, finished, ends):
+    code, message = ends(train_program, "--resume", finished[0], "--epochs", 3, *args)
+    assert (code, words in message) == (2, True), message
+
+
+def test_a_run_is_not_resumed_on_other_classes(finished, few_digits, tmp_path, ends):
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    for split in ("train", "val"):
+        (data / split / "2").rename(data / split / "two")
+    code, message = ends(train_program, "--resume", finished[0], "--epochs", 3, "--data-dir", data)
+    assert code == 2
+    assert "keeps its classes: it was ['0', '1', '2'], now ['0', '1', 'two']" in message
+
+
+def test_a_folder_where_a_run_failed_before_its_first_epoch_is_free(few_digits, tmp_path, ends):
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    good = (data / "train" / "1" / "0001.jpg").read_bytes()
+    (data / "train" / "1" / "0001.jpg").write_bytes(b"<html>")
+    options = ["--model", "vitc_nano", *SMALL, "-o", tmp_path / "run"]
+    assert ends(train_program, "--data-dir", data, *options)[0] == 1
+    (data / "train" / "1" / "0001.jpg").write_bytes(good)
+    train(data, "-o", tmp_path / "run")
+
+
+def test_the_average_of_the_weights_is_as_good_as_the_weights(few_digits, tmp_path):
+    options = ["--epochs", 20, "--warmup-epochs", 2, "--model-ema"]
+    train(few_digits, "-o", tmp_path / "run", *options)
+    assert read_summary(tmp_path / "run" / "summary.csv")[-1].val_top1 > 80
 
 
 def test_a_finished_run_is_not_resumed(finished, ends):

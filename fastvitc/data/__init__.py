@@ -61,7 +61,7 @@ def create_loader(
         augment: what training images undergo; by default `Augment()`.
         seed: fixes order and augmentation, from 0.
         rank, world_size: which share of the images this process gets.
-        workers: PIL's processes (0: none) or DALI's threads; by default as many as the machine has cores.
+        workers: PIL's processes (0: none) or DALI's threads; see `default_workers`.
         crop_ratio: side of evaluation's centre crop over the side the image is resized to.
 
     Raises:
@@ -83,7 +83,7 @@ def create_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
-        workers=os.cpu_count() or 1 if workers is None else workers,
+        workers=default_workers(device) if workers is None else workers,
         crop_ratio=crop_ratio,
     )
     if kind == "synthetic":
@@ -97,6 +97,13 @@ def create_loader(
     from fastvitc.data.dali import DaliLoader  # only here: DALI need not be installed
 
     return DaliLoader(config)
+
+
+def default_workers(device: torch.device) -> int:
+    """This process's share of the cores it may use; a quarter of that beside a model that trains on them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, share // 4 if device.type == "cpu" else share)
 
 
 def _has_dali() -> bool:

@@ -67,7 +67,7 @@ def conv_stem(
         BackendUnavailable: an explicit backend that cannot run here.
     """
     layers = (conv_weights, bn_weights, bn_biases, running_means, running_vars)
-    grid = _check(image, layers, proj_weight, proj_bias, class_token, pos_embed, strides, paddings)
+    grid = _check(image, layers, proj_weight, proj_bias, class_token, pos_embed, strides, paddings, training)
     image = autocast(image)
     backend = resolve("conv_stem", backend, image.device.type)
     if backend == "torch":
@@ -124,7 +124,7 @@ def _layer_shapes(
 
 
 def _check(
-    image, layers, proj_weight, proj_bias, class_token, pos_embed, strides, paddings
+    image, layers, proj_weight, proj_bias, class_token, pos_embed, strides, paddings, training
 ) -> tuple[int, int]:
     """Raise for inputs that do not fit each other; return the token grid (h, w)."""
     conv_weights = layers[0]
@@ -158,6 +158,11 @@ def _check(
         raise ValueError(f"conv_stem: an image of {image.shape[2]}x{image.shape[3]} leaves no tokens")
     if class_token is not None and class_token.shape != (1, 1, width):
         raise ValueError(f"conv_stem: class_token must be (1, 1, {width}), got {tuple(class_token.shape)}")
+    values = [b * h * w for b, _, h, w in _layer_shapes(image, conv_weights, strides, paddings)]
+    if training and values and min(values) < 2:
+        raise ValueError(
+            f"conv_stem: training needs more than one value per channel, got image {tuple(image.shape)}"
+        )
     tokens = grid[0] * grid[1] + (class_token is not None)
     if pos_embed is not None and pos_embed.shape != (1, tokens, width):
         raise ValueError(
@@ -269,9 +274,7 @@ def _backward(
     backend: str,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     with torch.autocast(image.device.type, enabled=False):
-        dimage, dconv, dgamma, dbeta, dproj_weight, dproj_bias, dpos_embed = _BACKENDS.rooms[
-            backend
-        ].backward(
+        dimage, dconv, dgamma, dbeta, dproj_weight, dproj_bias, dpos_embed = _BACKENDS.room(backend).backward(
             dtokens,
             image,
             conv_weights,
