@@ -20,15 +20,8 @@ _GPU_PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "xformers",
-    "timm",
-    "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
-)
+_PACKAGES = ("torch", "torchvision", "triton", "xformers", "timm")
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def processor() -> str:
@@ -48,13 +41,16 @@ def describe(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and the libraries that matter here; "not installed" where one is missing."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    dali = next((package for package in _DALI if _version(package)), _DALI[0])
+    found = {package: _version(package) or "not installed" for package in (*_PACKAGES, dali)}
+    return {"python": platform.python_version(), **found}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:

@@ -111,9 +111,8 @@ class Run:
         if folder is not None:
             done = self.first_epoch
             reporter = Reporter(folder, resumed_epochs=done, resumed_steps=done * self.steps)
-            self.peak = (
-                self._peak()
-            )  # on the main process alone: several at once would share what they measure
+            # On the main process alone: several at once would share the cores that they measure.
+            self.peak = self._peak()
             self._announce(reporter, folder)
         try:
             for epoch in range(self.first_epoch, self.settings.epochs):
@@ -215,7 +214,7 @@ class Run:
                 self.train_loader, max(1, s.precise_bn // (s.batch_size * self.process.world_size))
             )
             precise_batch_norm(self.evaluated, batches, dtype=self.dtype)
-        for model in {self.model, self.evaluated}:
+        for model in dict.fromkeys((self.model, self.evaluated)):  # in the same order on every process
             self.process.average_buffers(model)
         accuracy = self.evaluate(self.val_loader)
         is_best = accuracy.top1 > self.best
