@@ -90,3 +90,9 @@ def store(pointers, x, mask, INTERPRET: tl.constexpr):
     """Masked store of float32 x, rounded to nearest in the dtype of the pointers."""
     dtype: tl.constexpr = pointers.dtype.element_ty
     tl.store(pointers, rounded(x, dtype, INTERPRET).to(dtype), mask=mask)
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0); NaN stays NaN, so that a diverged run shows."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastvitc.kernels._backend import Backends, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
 from fastvitc.kernels._dtype import accumulation_dtype, check_floating, check_triton
+from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.bn_relu import library
 
 _BACKENDS = Backends(
@@ -26,6 +28,7 @@ def bn_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """relu(weight · (x − mean) / sqrt(var + eps) + bias) per channel (Ioffe & Szegedy 2015, algorithm 1).
@@ -36,7 +39,9 @@ def bn_relu(
             mean and unbiased variance; in evaluation they are the mean and the variance.
         weight, bias: (C,), float; they may be wider than x (float32 beside bfloat16 activations).
         training: whether the batch's own mean and biased variance normalise.
-        backend: "auto", "torch" (`batch_norm` and `relu`) or "reference".
+        process_group: processes whose batches share the training statistics, as in nn.SyncBatchNorm; each holds
+            the same number of values. None for this process alone. The backend torch does not share them.
+        backend: "auto", "torch" (`batch_norm` and `relu`), "triton" or "reference".
 
     Returns:
         A tensor of the shape, dtype and memory format of x.
@@ -44,7 +49,9 @@ def bn_relu(
     Statistics and arithmetic are float32 (float64 for float64 input). Backward, with dy' = dy·[y > 0] and
     x̂ = (x − mean)/sqrt(var + eps): dbias = Σdy', dweight = Σdy'·x̂, and
     dx = weight/sqrt(var + eps) · (dy' − dbias/n − x̂·dweight/n) over the n = B·H·W values of a channel.
-    The reference saves x and two vectors per channel; the ReLU mask is recomputed.
+    Over a process group n and the sums in dx are the group's; dweight and dbias are this process's own.
+    All but torch save x and four vectors per channel; the ReLU mask is recomputed. Triton moves 6 bytes an element
+    forward and 10 backward in 16 bits.
 
     Raises:
         TypeError: a tensor is not floating point.
@@ -64,15 +71,16 @@ def bn_relu(
     count = x.numel() // x.shape[1]
     if training and count < 2:
         raise ValueError(f"bn_relu: training needs more than one value per channel, got x {tuple(x.shape)}")
-    backend = resolve("bn_relu", backend, x.device.type)
+    group = group_name(process_group) if training else ""
+    backend = (synchronizing if group else resolve)("bn_relu", backend, x.device.type)
     if backend == "triton":
         check_triton("bn_relu", x.dtype)
     if backend == "torch":
         return library.bn_relu(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    y, mean, var = _forward(x, running_mean, running_var, weight, bias, training, eps, backend)
+    y, vectors = _forward(x, running_mean, running_var, weight, bias, training, eps, group, backend)
     if training:
         with torch.no_grad():
-            update_running(running_mean, running_var, mean, var, count, momentum)
+            update_running(running_mean, running_var, vectors, count * group_size(group), momentum)
     return y
 
 
@@ -85,55 +93,59 @@ def _forward(
     bias: Tensor,
     training: bool,
     eps: float,
+    group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _BACKENDS.room(backend).forward(x, running_mean, running_var, weight, bias, training, eps)
+) -> tuple[Tensor, Tensor]:
+    y, vectors = _BACKENDS.room(backend).forward(
+        x, running_mean, running_var, weight, bias, training, eps, group
+    )
+    return y, vectors.to(accumulation_dtype(x.dtype))
 
 
 @_forward.register_fake
-def _(x, running_mean, running_var, weight, bias, training, eps, backend):
-    dtype = accumulation_dtype(x.dtype) if training else running_mean.dtype
-    return (
-        torch.empty_like(x),
-        running_mean.new_empty(x.shape[1], dtype=dtype),
-        running_var.new_empty(x.shape[1], dtype=dtype),
-    )
+def _(x, running_mean, running_var, weight, bias, training, eps, group, backend):
+    return torch.empty_like(x), x.new_empty(4, x.shape[1], dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.custom_op("fastvitc::bn_relu_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    vectors: Tensor,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
     training: bool,
+    eps: float,
+    group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _BACKENDS.room(backend).backward(dy, x, mean, var, weight, bias, eps, training)
-    return torch.empty_like(x).copy_(dx), dweight.to(weight.dtype), dbias.to(bias.dtype)
+    dx, dweight, dbias = _BACKENDS.room(backend).backward(dy, x, vectors, training, eps, group)
+    dx = dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
+    return dx, _like(dweight, weight), _like(dbias, bias)
+
+
+def _like(value: Tensor, vector: Tensor) -> Tensor:
+    """A new tensor: op outputs may not share memory."""
+    return torch.empty_like(vector).copy_(value)
 
 
 @_backward.register_fake
-def _(dy, x, mean, var, weight, bias, eps, training, backend):
+def _(dy, x, vectors, weight, bias, training, eps, group, backend):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, _, _, weight, bias, ctx.training, ctx.eps, ctx.backend = inputs
-    _, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
+    x, _, _, weight, bias, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, var, weight, bias)
+    ctx.save_for_backward(x, output[1], weight, bias)
 
 
-def _autograd(ctx, dy: Tensor | None, _dmean: None, _dvar: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx, dy: Tensor | None, _dvectors: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
-    dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, ctx.eps, ctx.training, ctx.backend)
-    return dx, None, None, dweight, dbias, None, None, None
+        return (None,) * 9
+    dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, *ctx.options)
+    return dx, None, None, dweight, dbias, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

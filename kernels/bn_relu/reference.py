@@ -1,8 +1,17 @@
 """BatchNorm + ReLU in plain PyTorch: the oracle of every other backend. Any device, any floating dtype."""
 
+import torch
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import normalize_relu, normalize_relu_backward, statistics
+from fastvitc.kernels._batch_norm import (
+    gradient_sums,
+    input_coefficients,
+    input_gradient,
+    layer_vectors,
+    normalize_relu,
+    statistics,
+)
+from fastvitc.kernels._synchronize import mean_over_group, merged_statistics
 
 
 def forward(
@@ -13,9 +22,22 @@ def forward(
     bias: Tensor,
     training: bool,
     eps: float,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, the layer's vectors)."""
+    if training:
+        mean, var = merged_statistics(*statistics(x), x.numel() // x.shape[1], group)
+    else:
+        mean, var = running_mean, running_var
+    vectors = layer_vectors(mean, var, weight, bias, eps)
+    return normalize_relu(x, vectors), vectors
+
+
+def backward(
+    dy: Tensor, x: Tensor, vectors: Tensor, training: bool, eps: float, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var = statistics(x) if training else (running_mean.clone(), running_var.clone())
-    return normalize_relu(x, mean, var, weight, bias, eps), mean, var
-
-
-backward = normalize_relu_backward
+    """(dx, dweight, dbias)."""
+    masked, dweight, dbias = gradient_sums(dy, x, vectors, eps)
+    sums = torch.stack([dweight, dbias])
+    means = mean_over_group(sums / (x.numel() // x.shape[1]), group) if training else torch.zeros_like(sums)
+    return input_gradient(masked, x, input_coefficients(vectors, *means, eps)), dweight, dbias

@@ -1,10 +1,9 @@
 """BatchNorm + ReLU on the GPU, in two stages each way over the NHWC matrix of M = B·H·W rows and C channels.
 
-Forward: partial statistics of row chunks; their merge; relu(a·x + b). Backward: partial sums of dy' and dy'·x̂; their
-merge; dx. In 16 bits that is 6 and 10 bytes an element: x twice and y; x and dy twice and dx. The ReLU mask is computed
-again from x by the forward's own expression. Statistics are two-pass within a tile and merged by Chan, Golub and
-LeVeque (1983), equation 2.1, in a fixed order: results repeat bitwise. The stages are apart so that a process
-group can gather the partial results between them.
+Forward: partial statistics of row chunks; their merge; relu(scale·x + shift). Backward: partial sums of dy' and
+dy'·(x − mean); their merge; dx. In 16 bits that is 6 and 10 bytes an element: x twice and y; x and dy twice and dx. The
+ReLU mask is computed again from x by the forward's own expression. Statistics are two-pass within a tile. The merges
+are `_triton_batch_norm`'s, and a process group's in between.
 
 Not measured on a GPU.
 """
@@ -14,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import scale_shift
-from fastvitc.kernels._triton import launch, load, store
+from fastvitc.kernels._batch_norm import layer_vectors
+from fastvitc.kernels._triton import launch, load, relu, store
+from fastvitc.kernels._triton_batch_norm import gradients_of, merge, tile_statistics, vectors_of
 
 _ROWS, _WARPS = 64, 4
 _CHUNKS = 512  # row chunks, at most: enough programs to fill any GPU, few enough to merge in one
@@ -34,19 +34,24 @@ def _chunking(rows: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _merge(count, mean, m2, other_count, other_mean, other_m2):
-    """Count, mean and sum of squared deviations of two sets together; either may be empty."""
-    total = count + other_count
-    share = other_count / tl.maximum(total, 1.0)
-    delta = other_mean - mean
-    return total, mean + delta * share, m2 + other_m2 + delta * delta * count * share
+def _place(row, column, M, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """(offsets, mask) of a tile of the matrix, and (columns, mask) of its vectors."""
+    rows = row + tl.arange(0, BR)
+    columns = column + tl.arange(0, BC)
+    inside = (rows[:, None] < M) & (columns[None, :] < C)
+    return rows[:, None].to(tl.int64) * C + columns[None, :], inside, columns, columns < C
+
+
+@triton.jit
+def _vector(vectors, row: tl.constexpr, columns, known, C: tl.constexpr):
+    """A row of a (·, C) tensor of vectors, to be multiplied with a tile."""
+    return tl.load(vectors + row * C + columns, mask=known, other=0.0)[None, :]
 
 
 @triton.jit
 def _bn_stats_kernel(
     x,  # (M, C)
-    partial_mean,  # (chunks, C)
-    partial_m2,  # (chunks, C)
+    partial,  # (2, chunks, C): mean, M2
     M,
     chunk,
     C: tl.constexpr,
@@ -54,56 +59,27 @@ def _bn_stats_kernel(
     BC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
     first = tl.program_id(0) * chunk
+    column = tl.program_id(1) * BC
+    columns = column + tl.arange(0, BC)
     count = tl.zeros((), tl.float32)
     mean = tl.zeros((BC,), tl.float32)
     m2 = tl.zeros((BC,), tl.float32)
     for start in range(first, tl.minimum(first + chunk, M), BR):
-        rows = start + tl.arange(0, BR)
-        inside = (rows[:, None] < M) & (columns[None, :] < C)
-        offsets = rows[:, None].to(tl.int64) * C + columns[None, :]
+        offsets, inside, _, _ = _place(start, column, M, C, BR, BC)
         tile = load(x + offsets, inside, INTERPRET).to(tl.float32)
         tile_count = tl.minimum(M - start, BR).to(tl.float32)
-        tile_mean = tl.sum(tile, 0) / tile_count
-        deviation = tl.where(inside, tile - tile_mean[None, :], 0.0)
-        count, mean, m2 = _merge(count, mean, m2, tile_count, tile_mean, tl.sum(deviation * deviation, 0))
-    out = tl.program_id(0) * C + columns
-    tl.store(partial_mean + out, mean, mask=columns < C)
-    tl.store(partial_m2 + out, m2, mask=columns < C)
-
-
-@triton.jit
-def _bn_finalize_kernel(
-    partial_mean,  # (chunks, C)
-    partial_m2,  # (chunks, C)
-    mean_out,  # (C,)
-    var_out,  # (C,) biased
-    M,
-    chunk,
-    chunks,
-    C: tl.constexpr,
-    BC: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    columns = tl.program_id(0) * BC + tl.arange(0, BC)
-    count = tl.zeros((), tl.float32)
-    mean = tl.zeros((BC,), tl.float32)
-    m2 = tl.zeros((BC,), tl.float32)
-    for i in range(0, chunks):
-        part_mean = tl.load(partial_mean + i * C + columns, mask=columns < C, other=0.0)
-        part_m2 = tl.load(partial_m2 + i * C + columns, mask=columns < C, other=0.0)
-        part_count = tl.minimum(M - i * chunk, chunk).to(tl.float32)
-        count, mean, m2 = _merge(count, mean, m2, part_count, part_mean, part_m2)
-    tl.store(mean_out + columns, mean, mask=columns < C)
-    tl.store(var_out + columns, m2 / count, mask=columns < C)
+        tile_mean, tile_m2 = tile_statistics(tile, inside, tile_count)
+        count, mean, m2 = merge(count, mean, m2, tile_count, tile_mean, tile_m2)
+    out = partial + tl.program_id(0) * C + columns
+    tl.store(out, mean, mask=columns < C)
+    tl.store(out + tl.num_programs(0) * C, m2, mask=columns < C)
 
 
 @triton.jit
 def _bn_relu_apply_kernel(
     x,  # (M, C)
-    a,  # (C,)
-    b,  # (C,)
+    vectors,  # (4, C)
     y,  # (M, C)
     M,
     C: tl.constexpr,
@@ -111,33 +87,26 @@ def _bn_relu_apply_kernel(
     BC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = (rows[:, None] < M) & (columns[None, :] < C)
-    offsets = rows[:, None].to(tl.int64) * C + columns[None, :]
-    scale = tl.load(a + columns, mask=columns < C, other=0.0)
-    shift = tl.load(b + columns, mask=columns < C, other=0.0)
+    offsets, inside, columns, known = _place(tl.program_id(0) * BR, tl.program_id(1) * BC, M, C, BR, BC)
+    scale, shift = _vector(vectors, 2, columns, known, C), _vector(vectors, 3, columns, known, C)
     tile = load(x + offsets, inside, INTERPRET).to(tl.float32)
-    store(y + offsets, tl.maximum(tile * scale[None, :] + shift[None, :], 0.0), inside, INTERPRET)
+    store(y + offsets, relu(tile * scale + shift), inside, INTERPRET)
 
 
 @triton.jit
 def _masked(x, dy, offsets, inside, scale, shift, INTERPRET: tl.constexpr):
-    """x and dy' = dy·[a·x + b > 0], in float32."""
+    """x and dy' = dy·[scale·x + shift > 0], in float32."""
     tile = load(x + offsets, inside, INTERPRET).to(tl.float32)
     grad = load(dy + offsets, inside, INTERPRET).to(tl.float32)
-    return tile, tl.where(tile * scale[None, :] + shift[None, :] > 0, grad, 0.0)
+    return tile, tl.where(tile * scale + shift > 0, grad, 0.0)
 
 
 @triton.jit
 def _bn_relu_bwd_sums_kernel(
     dy,  # (M, C)
     x,  # (M, C)
-    a,  # (C,)
-    b,  # (C,)
-    mean,  # (C,)
-    partial_dy,  # (chunks, C)
-    partial_dy_x,  # (chunks, C): Σdy'·(x − mean)
+    vectors,  # (4, C)
+    partial,  # (2, chunks, C): Σdy', Σdy'·(x − mean)
     M,
     chunk,
     C: tl.constexpr,
@@ -145,51 +114,43 @@ def _bn_relu_bwd_sums_kernel(
     BC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
-    scale = tl.load(a + columns, mask=columns < C, other=0.0)
-    shift = tl.load(b + columns, mask=columns < C, other=0.0)
-    centre = tl.load(mean + columns, mask=columns < C, other=0.0)
     first = tl.program_id(0) * chunk
+    column = tl.program_id(1) * BC
+    columns = column + tl.arange(0, BC)
+    known = columns < C
+    mean = _vector(vectors, 0, columns, known, C)
+    scale, shift = _vector(vectors, 2, columns, known, C), _vector(vectors, 3, columns, known, C)
     sum_dy = tl.zeros((BC,), tl.float32)
     sum_dy_x = tl.zeros((BC,), tl.float32)
     for start in range(first, tl.minimum(first + chunk, M), BR):
-        rows = start + tl.arange(0, BR)
-        inside = (rows[:, None] < M) & (columns[None, :] < C)
-        offsets = rows[:, None].to(tl.int64) * C + columns[None, :]
+        offsets, inside, _, _ = _place(start, column, M, C, BR, BC)
         tile, grad = _masked(x, dy, offsets, inside, scale, shift, INTERPRET)
         sum_dy += tl.sum(grad, 0)
-        sum_dy_x += tl.sum(grad * (tile - centre[None, :]), 0)
-    out = tl.program_id(0) * C + columns
-    tl.store(partial_dy + out, sum_dy, mask=columns < C)
-    tl.store(partial_dy_x + out, sum_dy_x, mask=columns < C)
+        sum_dy_x += tl.sum(grad * (tile - mean), 0)
+    out = partial + tl.program_id(0) * C + columns
+    tl.store(out, sum_dy, mask=known)
+    tl.store(out + tl.num_programs(0) * C, sum_dy_x, mask=known)
 
 
 @triton.jit
 def _bn_relu_bwd_apply_kernel(
     dy,  # (M, C)
     x,  # (M, C)
-    a,  # (C,)
-    b,  # (C,)
-    slope,  # (C,)
-    offset,  # (C,)
-    dx,  # (M, C) = a·dy' + slope·x + offset
+    vectors,  # (4, C)
+    coefficients,  # (3, C): A, B, C
+    dx,  # (M, C) = A·dy' + B·x + C
     M,
     C: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
-    inside = (rows[:, None] < M) & (columns[None, :] < C)
-    offsets = rows[:, None].to(tl.int64) * C + columns[None, :]
-    scale = tl.load(a + columns, mask=columns < C, other=0.0)
-    shift = tl.load(b + columns, mask=columns < C, other=0.0)
-    per_x = tl.load(slope + columns, mask=columns < C, other=0.0)
-    constant = tl.load(offset + columns, mask=columns < C, other=0.0)
+    offsets, inside, columns, known = _place(tl.program_id(0) * BR, tl.program_id(1) * BC, M, C, BR, BC)
+    scale, shift = _vector(vectors, 2, columns, known, C), _vector(vectors, 3, columns, known, C)
     tile, grad = _masked(x, dy, offsets, inside, scale, shift, INTERPRET)
-    result = grad * scale[None, :] + (tile * per_x[None, :] + constant[None, :])
-    store(dx + offsets, result, inside, INTERPRET)
+    per_dy, per_x = _vector(coefficients, 0, columns, known, C), _vector(coefficients, 1, columns, known, C)
+    constant = _vector(coefficients, 2, columns, known, C)
+    store(dx + offsets, grad * per_dy + (tile * per_x + constant), inside, INTERPRET)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -197,30 +158,31 @@ def _matrix(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (C,) float32, of a (M, C) matrix."""
-    rows, channels = x.shape
+def _like(matrix: Tensor, x: Tensor) -> Tensor:
+    """The (B·H·W, C) matrix in the shape and strides of x; a view where x is channels-last."""
+    batch, channels, height, width = x.shape
+    image = matrix.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return image if image.stride() == x.stride() else torch.empty_like(x).copy_(image)
+
+
+def _reduced(kernel, rows: int, channels: int, *tensors: Tensor) -> Tensor:
+    """(2, chunks, C) partial results of a kernel over chunks of rows."""
     chunk, chunks = _chunking(rows)
     block = _columns(channels)
-    blocks = triton.cdiv(channels, block)
-    partial = x.new_empty(2, chunks, channels, dtype=torch.float32)
-    sizes = {"C": channels, "BR": _ROWS, "BC": block, "num_warps": _WARPS}
-    launch(_bn_stats_kernel, (chunks, blocks), x, *partial.unbind(), rows, chunk, **sizes)
-    mean, var = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    launch(
-        _bn_finalize_kernel,
-        (blocks,),
-        *partial.unbind(),
-        mean,
-        var,
-        rows,
-        chunk,
-        chunks,
-        C=channels,
-        BC=block,
-        num_warps=1,
-    )
-    return mean, var
+    partial = tensors[0].new_empty(2, chunks, channels, dtype=torch.float32)
+    grid = chunks, triton.cdiv(channels, block)
+    launch(kernel, grid, *tensors, partial, rows, chunk, C=channels, BR=_ROWS, BC=block, num_warps=_WARPS)
+    return partial
+
+
+def _applied(kernel, *tensors: Tensor) -> Tensor:
+    """What a kernel writes over the whole matrix, the first of the tensors."""
+    rows, channels = tensors[0].shape
+    block = _columns(channels)
+    out = torch.empty_like(tensors[0])
+    grid = triton.cdiv(rows, _ROWS), triton.cdiv(channels, block)
+    launch(kernel, grid, *tensors, out, rows, C=channels, BR=_ROWS, BC=block, num_warps=_WARPS)
+    return out
 
 
 def forward(
@@ -231,83 +193,23 @@ def forward(
     bias: Tensor,
     training: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    group: str,
+) -> tuple[Tensor, Tensor]:
     matrix = _matrix(x)
-    mean, var = statistics(matrix) if training else (running_mean.clone(), running_var.clone())
-    y = torch.empty_like(matrix)
     rows, channels = matrix.shape
-    block = _columns(channels)
-    launch(
-        _bn_relu_apply_kernel,
-        (triton.cdiv(rows, _ROWS), triton.cdiv(channels, block)),
-        matrix,
-        *scale_shift(mean, var, weight, bias, eps),
-        y,
-        rows,
-        C=channels,
-        BR=_ROWS,
-        BC=block,
-        num_warps=_WARPS,
-    )
-    return _like(y, x), mean, var
+    if training:
+        partial = _reduced(_bn_stats_kernel, rows, channels, matrix)
+        vectors = vectors_of(partial, rows, _chunking(rows)[0], weight, bias, eps, group)
+    else:
+        vectors = layer_vectors(running_mean, running_var, weight, bias, eps)
+    return _like(_applied(_bn_relu_apply_kernel, matrix, vectors), x), vectors
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    training: bool,
+    dy: Tensor, x: Tensor, vectors: Tensor, training: bool, eps: float, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    matrix, dy_matrix = _matrix(x), _matrix(dy)
-    rows, channels = matrix.shape
-    chunk, chunks = _chunking(rows)
-    block = _columns(channels)
-    blocks = triton.cdiv(channels, block)
-    a, b = scale_shift(mean, var, weight, bias, eps)
-    partial = x.new_empty(2, chunks, channels, dtype=torch.float32)
-    sizes = {"C": channels, "BR": _ROWS, "BC": block, "num_warps": _WARPS}
-    launch(
-        _bn_relu_bwd_sums_kernel,
-        (chunks, blocks),
-        dy_matrix,
-        matrix,
-        a,
-        b,
-        mean,
-        *partial.unbind(),
-        rows,
-        chunk,
-        **sizes,
-    )
-    rstd = torch.rsqrt(var + eps)
-    dbias, centred = (part.sum(0) for part in partial)
-    dweight = centred * rstd
-    # dx = a·(dy' − dbias/n − x̂·dweight/n) = a·dy' + slope·x + offset
-    slope = -a * rstd * dweight / rows if training else torch.zeros_like(a)
-    offset = -a * dbias / rows - slope * mean if training else torch.zeros_like(a)
-    dx = torch.empty_like(matrix)
-    launch(
-        _bn_relu_bwd_apply_kernel,
-        (triton.cdiv(rows, _ROWS), blocks),
-        dy_matrix,
-        matrix,
-        a,
-        b,
-        slope,
-        offset,
-        dx,
-        rows,
-        **sizes,
-    )
+    dy_matrix, matrix = _matrix(dy), _matrix(x)
+    partial = _reduced(_bn_relu_bwd_sums_kernel, *matrix.shape, dy_matrix, matrix, vectors)
+    dweight, dbias, coefficients = gradients_of(partial, len(matrix), vectors, training, eps, group)
+    dx = _applied(_bn_relu_bwd_apply_kernel, dy_matrix, matrix, vectors, coefficients)
     return _like(dx, x), dweight, dbias
-
-
-def _like(matrix: Tensor, x: Tensor) -> Tensor:
-    """The (B·H·W, C) matrix in the shape and strides of x; a view where x is channels-last."""
-    batch, channels, height, width = x.shape
-    image = matrix.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return image if image.stride() == x.stride() else torch.empty_like(x).copy_(image)
