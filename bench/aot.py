@@ -51,7 +51,10 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one compiled kernel uses. `spills` and `stack` in bytes per thread, `shared` in bytes per program."""
+    """What one compiled kernel uses: `spills` and `stack` in bytes per thread, `shared` in bytes per program.
+
+    `channels` are those of a row that it reads.
+    """
 
     kernel: str
     arch: str
@@ -64,11 +67,17 @@ class Kernel:
     tensor_core: str
     tensor_core_instructions: int
     load_bits: int
+    channels: int
 
     @property
     def streams(self) -> bool:
-        """Whether it reads activations, and not only vectors of one value per channel."""
-        return "finalize" not in self.kernel
+        """Whether it reads activations, with channels enough for wide loads, and not only vectors or pixels."""
+        return "merge" not in self.kernel and self.channels >= 8
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is made of matrix products."""
+        return self.kernel.startswith(("_attention", "_conv", "_tokens"))
 
     def faults(self) -> list[str]:
         """Why this kernel must not ship; empty when it may."""
@@ -116,14 +125,14 @@ def _compile(arch: str, kernel, grid: tuple[int, ...], *args: object, options: d
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=_target(arch), options=launch)
     read = _read_cuda if arch.startswith("sm_") else _read_hip
-    return read(kernel.fn.__name__, arch, binary)
+    return read(kernel.fn.__name__, arch, binary, values.get("C", values.get("D")))
 
 
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_cuda(name: str, arch: str, binary) -> Kernel:
+def _read_cuda(name: str, arch: str, binary, channels: int) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -151,10 +160,11 @@ def _read_cuda(name: str, arch: str, binary) -> Kernel:
         instructions[0] if instructions else "",
         len(instructions),
         max(widths, default=0),
+        channels,
     )
 
 
-def _read_hip(name: str, arch: str, binary) -> Kernel:
+def _read_hip(name: str, arch: str, binary, channels: int) -> Kernel:
     text = binary.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -177,6 +187,7 @@ def _read_hip(name: str, arch: str, binary) -> Kernel:
         "MFMA" if instructions else "",
         len(instructions),
         max(loads, default=0),
+        channels,
     )
 
 

@@ -3,14 +3,16 @@
 `python -m bench.resources [--arch sm_90 ...] [--quick] [--json F]` prints a row for each kernel, configuration and
 architecture at the widths of the paper's models, and exits with 1 if one of them spills, uses more shared memory than a
 program may, lacks tensor-core instructions where it multiplies matrices in 16 bits, or loads its streams in less than
-128 bits. What it says is read from the compiled code; no GPU is used.
+128 bits (pixels have too few channels for that). What it says is read from the compiled code; no GPU is used.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -19,6 +21,9 @@ from bench.aot import LIMITS, Kernel, compiled
 from fastvitc.config import ViTConfig, preset
 from fastvitc.kernels.attention import triton as attention
 from fastvitc.kernels.bn_relu import triton as bn_relu
+from fastvitc.kernels.conv_stem import triton as conv_stem
+from fastvitc.kernels.conv_stem.stem import Stem
+from fastvitc.stems import ConvStem
 
 MODELS = ("vitc_1gf", "vitc_4gf", "vitc_18gf", "vitc_36gf")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,8 +39,36 @@ def _attention(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
 def _bn_relu(channels: int, side: int, dtype: torch.dtype) -> None:
     x = torch.empty(_BATCH, side, side, channels, dtype=dtype, device="meta").permute(0, 3, 1, 2)
     mean, var, weight, bias = (torch.empty(channels, device="meta") for _ in range(4))
-    bn_relu.forward(x, mean, var, weight, bias, True, 1e-5)
-    bn_relu.backward(torch.empty_like(x), x, mean, var, weight, bias, 1e-5, True)
+    y, vectors = bn_relu.forward(x, mean, var, weight, bias, True, 1e-5, "")
+    bn_relu.backward(torch.empty_like(y), x, vectors, True, 1e-5, "")
+
+
+def _conv_stem(config: ViTConfig, dtype: torch.dtype) -> None:
+    """The stem of a model from a uint8 image: forward and backward in training, and evaluation."""
+    with torch.device("meta"):
+        module = ConvStem(config.stem).to(memory_format=torch.channels_last)
+        image = torch.empty(_BATCH, *config.image_size, config.in_chans, dtype=torch.uint8).permute(
+            0, 3, 1, 2
+        )
+        ends = torch.empty(1, 1, config.width), torch.empty(1, config.tokens, config.width)
+        dtokens = torch.empty(_BATCH, config.tokens, config.width, dtype=torch.float32)
+        pixels = torch.empty(config.in_chans), torch.empty(config.in_chans)
+    norms = module.norms
+    stem = Stem(
+        [conv.weight.to(dtype) for conv in module.convs],
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        module.proj.weight.to(dtype),
+        module.proj.bias.to(dtype),
+        *pixels,
+        config.stem.strides,
+        config.stem.paddings,
+        1e-5,
+        "",
+    )
+    _, zs, vectors = conv_stem.forward(image, stem, None, *ends)
+    conv_stem.backward(dtokens, image, stem, zs, vectors, True, True, False)
+    conv_stem.infer(image, stem, [(norm.running_mean, norm.running_var) for norm in norms], *ends)
 
 
 def _layers(config: ViTConfig) -> Iterator[tuple[int, int]]:
@@ -58,17 +91,37 @@ def calls(quick: bool) -> dict[str, Callable[[], None]]:
         for channels, side in sorted(shapes)[:1] if quick else sorted(shapes):
             label = f"bn_relu, {channels} channels of {side}x{side}, {name}"
             found[label] = lambda c=channels, s=side, t=dtype: _bn_relu(c, s, t)
+        for model in MODELS[:1] if quick else MODELS:
+            found[f"conv_stem, {model}, {name}"] = lambda m=model, t=dtype: _conv_stem(preset(m), t)
     return found
 
 
 def faults(label: str, kernel: Kernel) -> list[str]:
     """Why a kernel must not ship; empty when it may."""
     found = kernel.faults()
-    if label.startswith("attention") and not label.endswith("fp32") and not kernel.tensor_core_instructions:
+    if kernel.multiplies and not label.endswith("fp32") and not kernel.tensor_core_instructions:
         found.append("no tensor-core instructions")
     if kernel.streams and kernel.load_bits < 128:
         found.append(f"loads of {kernel.load_bits} bits")
     return found
+
+
+def _compile(arch: str, label: str) -> list[Kernel]:
+    return list(compiled(arch, calls(quick=False)[label]))
+
+
+def _line(label: str, kernel: Kernel) -> str:
+    cells = (
+        kernel.arch,
+        kernel.num_warps,
+        kernel.registers,
+        kernel.spills,
+        kernel.shared,
+        kernel.resident_warps,
+        f"{kernel.tensor_core_instructions} {kernel.tensor_core}".strip(),
+        kernel.load_bits,
+    )
+    return f"{kernel.kernel:<28}" + "".join(f"{cell:>14}" for cell in cells) + f"  {label}"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -80,23 +133,14 @@ def main(args: list[str] | None = None) -> None:
     rows, failed = [], 0
     header = ("arch", "warps", "regs", "spill", "shared", "resident", "tensor cores", "load")
     print(f"{'kernel':<28}" + "".join(f"{word:>14}" for word in header))
-    for arch in options.arch:
-        for label, call in calls(options.quick).items():
-            for kernel in compiled(arch, call):
+    jobs = [(arch, label) for arch in options.arch for label in calls(options.quick)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for (_, label), kernels in zip(jobs, pool.map(_compile, *zip(*jobs, strict=True)), strict=True):
+            for kernel in kernels:
                 wrong = faults(label, kernel)
                 failed += bool(wrong)
                 rows.append({"configuration": label, **asdict(kernel), "faults": wrong})
-                cells = (
-                    arch,
-                    kernel.num_warps,
-                    kernel.registers,
-                    kernel.spills,
-                    kernel.shared,
-                    kernel.resident_warps,
-                    f"{kernel.tensor_core_instructions} {kernel.tensor_core}".strip(),
-                    kernel.load_bits,
-                )
-                print(f"{kernel.kernel:<28}" + "".join(f"{c:>14}" for c in cells) + f"  {label}", flush=True)
+                print(_line(label, kernel), flush=True)
                 if wrong:
                     print(f"  FAULT: {'; '.join(wrong)}", flush=True)
     if options.json:

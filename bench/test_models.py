@@ -8,7 +8,7 @@ from bench.contest import Candidate, Contest
 from bench.models import MODELS, image_batch, trained_like
 from fastvitc import complexity
 from fastvitc.distributed import Process
-from fastvitc.engine import Normalize, Objective, TrainStep
+from fastvitc.engine import Objective, TrainStep, input_of
 from fastvitc.optim import create_optimizer
 
 
@@ -43,23 +43,23 @@ def _training(build, config, batch_size, device, dtype, compile):
     )
 
 
-def _logits(model, normalize, dtype, images):
+def _logits(model, prepare, dtype, images):
     with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        return model(normalize(images))
+        return model(prepare(images))
 
 
 def _truth_of_inference(config, batch_size, device):
-    model, normalize = trained_like(config, backend="reference").to(device).eval(), Normalize().to(device)
-    return [_logits(model, normalize, torch.float32, image_batch(config, batch_size, device))]
+    model = trained_like(config, backend="reference").to(device).eval()
+    return [_logits(model, input_of(model), torch.float32, image_batch(config, batch_size, device))]
 
 
 def _inference(build, config, batch_size, device, dtype, compile):
     model = build(config).to(device, memory_format=torch.channels_last).eval()
     run = torch.compile(_logits, fullgraph=True, dynamic=False) if compile else _logits
-    normalize, images = Normalize().to(device), image_batch(config, batch_size, device)
+    prepare, images = input_of(model).to(device), image_batch(config, batch_size, device)
     return Candidate(
-        run=lambda: run(model, normalize, dtype, images),
-        tensors=lambda: [run(model, normalize, dtype, images)],
+        run=lambda: run(model, prepare, dtype, images),
+        tensors=lambda: [run(model, prepare, dtype, images)],
     )
 
 

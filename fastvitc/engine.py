@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from fastvitc.distributed import Process
 from fastvitc.mix import mix_images
 from fastvitc.model import VisionTransformer
-
-#: Channel means and standard deviations of ImageNet in units of a pixel value from 0 to 1.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from fastvitc.stems import IMAGENET_MEAN, IMAGENET_STD
 
 
 def compiled_graphs() -> int:
@@ -36,6 +34,11 @@ class Normalize(nn.Module):
         return (images.float() - self.mean) / self.std
 
 
+def input_of(model: nn.Module) -> nn.Module:
+    """What makes the model's input of uint8 images: nothing for ours, whose stem reads them, else `Normalize`."""
+    return nn.Identity() if isinstance(model, VisionTransformer) else Normalize()
+
+
 class Objective(nn.Module):
     """From a uint8 batch to the training loss, as one graph: normalise, mix, model, cross-entropy.
 
@@ -47,17 +50,18 @@ class Objective(nn.Module):
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.normalize = Normalize()
+        self.normalize, self.input = Normalize(), input_of(model)
         self.model = model
         self.dtype = dtype
         self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, labels: Tensor, draw: Tensor | None) -> Tensor:
         """images (B, C, H, W) uint8, labels (B,) int64, draw of `Mix` (5,) or None → mean loss, 0-d float32."""
-        x = self.normalize(images)
         share = None
-        if draw is not None:
-            x, share = mix_images(x, draw)
+        if draw is None:
+            x = self.input(images)
+        else:
+            x, share = mix_images(self.normalize(images), draw)
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(x)
         logits = logits.float()
@@ -144,15 +148,14 @@ class Evaluation(nn.Module):
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.normalize = Normalize()
+        self.input = input_of(model)
         self.model = model
         self.dtype = dtype
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """(B, C, H, W) uint8, (B,) int64 → (4,) float64: images, correct, correct in top 5, summed loss."""
-        x = self.normalize(images)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(x)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(self.input(images))
         logits = logits.float()
         real = labels >= 0
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -205,14 +208,13 @@ def precise_batch_norm(
     norms = model.stem.norms
     momenta = [norm.momentum for norm in norms]
     training = model.stem.training
-    normalize = Normalize().to(model.pos_embed.device)
     model.stem.train()
     try:
         for seen, (images, _) in enumerate(batches, start=1):
             for norm in norms:
                 norm.momentum = 1.0 / seen
             with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-                model.stem(normalize(images))
+                model.stem(images)
     finally:
         model.stem.train(training)
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -43,7 +43,7 @@ class VisionTransformer(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """Normalised image (B, C, H, W) → all tokens after the final LayerNorm (B, S, width)."""
+        """Normalised or uint8 image (B, C, H, W), see `ConvStem` → tokens after the final LayerNorm (B, S, width)."""
         self._check(image)
         x = self.stem(image, self.class_token, self.pos_embed)
         for block in self.blocks:
@@ -54,7 +54,10 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image (B, C, H, W) → logits (B, num_classes); pooled features (B, width) if num_classes is 0."""
+        """Normalised or uint8 image (B, C, H, W), see `ConvStem` → logits (B, num_classes).
+
+        Without classes: pooled features (B, width).
+        """
         x = self.forward_features(image)
         return self.head(x[:, 0] if self.config.pool == "token" else x.mean(1))
 

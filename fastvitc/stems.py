@@ -3,16 +3,23 @@
 from itertools import pairwise
 from math import sqrt
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvitc.config import StemConfig
 from fastvitc.kernels import conv_stem
+
+#: Channel means and standard deviations of ImageNet in units of a pixel value from 0 to 1.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ConvStem(nn.Module):
     """n 3x3 convolutions, each with BatchNorm and ReLU, and a closing convolution (Xiao et al. 2021, section 4).
 
     The closing convolution has a bias and nothing after it. With a single convolution this is the patchify stem.
+    nn.SyncBatchNorm.convert_sync_batchnorm makes the training statistics those of the norms' process group, which the
+    backends triton and reference compute.
 
     Args:
         config: channels, kernels and strides of all convolutions.
@@ -30,6 +37,10 @@ class ConvStem(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.convs)
         io, *size = sizes[-1]
         self.proj = nn.Conv2d(*io, *size)
+        if in_chans == len(IMAGENET_MEAN):
+            mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+            self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
+            self.register_buffer("pixel_shift", -mean / std, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -42,8 +53,13 @@ class ConvStem(nn.Module):
     def forward(
         self, image: Tensor, class_token: Tensor | None = None, pos_embed: Tensor | None = None
     ) -> Tensor:
-        """(B, in_chans, H, W) → tokens (B, S, width), S = H/stride · W/stride, plus one with a class token."""
-        training, momentum, eps = self._norm_settings()
+        """(B, in_chans, H, W) → tokens (B, S, width), S = H/stride · W/stride, plus one with a class token.
+
+        The image is floating point and normalised; a uint8 image of three channels is normalised here, with ImageNet's
+        means and deviations: (image/255 − mean)/std.
+        """
+        training, momentum, eps, process_group = self._norm_settings()
+        pixels = image.dtype == torch.uint8
         if training:
             for norm in self.norms:
                 norm.num_batches_tracked.add_(1)
@@ -63,23 +79,26 @@ class ConvStem(nn.Module):
             eps,
             strides=self.config.strides,
             paddings=self.config.paddings,
+            pixel_scale=getattr(self, "pixel_scale", None) if pixels else None,
+            pixel_shift=getattr(self, "pixel_shift", None) if pixels else None,
+            process_group=process_group,
             backend=self.backend,
         )
 
-    def _norm_settings(self) -> tuple[bool, float, float]:
-        """(training, momentum, eps) of the norms; `stem.norms.eval()` freezes them, as it does in any module."""
+    def _norm_settings(self) -> tuple[bool, float, float, dist.ProcessGroup | None]:
+        """(training, momentum, eps, processes) of the norms; `stem.norms.eval()` freezes them, as in any module."""
         settings = {(norm.training, norm.momentum, norm.eps) for norm in self.norms} or {(False, 0.1, 1e-5)}
-        if len(settings) > 1:
+        synchronized = {isinstance(norm, nn.SyncBatchNorm) for norm in self.norms} or {False}
+        if len(settings) > 1 or len(synchronized) > 1:
             raise ValueError(
-                f"the stem's norms must share (training, momentum, eps), they have {sorted(settings)}"
+                f"the stem's norms must share (training, momentum, eps) and their type, they have {sorted(settings)}, "
+                f"{sorted({type(norm).__name__ for norm in self.norms})}"
             )
         ((training, momentum, eps),) = settings
-        if training and any(isinstance(norm, nn.SyncBatchNorm) for norm in self.norms):
-            raise TypeError(
-                "the stem's op does not synchronise BatchNorm statistics over processes; train with the "
-                "nn.BatchNorm2d it was made with (the paper's statistics are per process, too)"
-            )
-        return training, momentum, eps
+        group = None
+        if synchronized == {True} and dist.is_initialized():
+            group = self.norms[0].process_group or dist.group.WORLD
+        return training, momentum, eps, group
 
 
 class PatchifyStem(ConvStem):

@@ -1,8 +1,8 @@
 """The BatchNorm + ReLU formulas (Ioffe & Szegedy 2015, algorithm 1), shared by `bn_relu` and `conv_stem`.
 
-B batch, C channels, H W image, n = B·H·W values of a channel. Tensors are (B, C, H, W). Vectors of one value per channel
-are in the accumulation dtype; those of one layer travel as the rows of one (4, C) tensor: mean, biased variance, and the
-scale and shift with scale·x + shift = weight·(x − mean)/sqrt(variance + eps) + bias.
+B batch, C channels, H W image, n = B·H·W values of a channel. Tensors are (B, C, H, W). Vectors of one value per
+channel are in the accumulation dtype; those of one layer travel as the rows of one (4, C) tensor: mean, biased
+variance, and the scale and shift with scale·x + shift = weight·(x − mean)/sqrt(variance + eps) + bias.
 """
 
 import torch

@@ -1,10 +1,17 @@
-"""From the stem's feature map to the encoder's token tensor, shared by the backends of `conv_stem`.
+"""The stem's two ends, shared by the backends of `conv_stem`: pixels in, the encoder's token tensor out.
 
-B batch, d width, h w grid, T = h·w patch tokens, S = T plus one where there is a class token.
+B batch, C channels, H W image, d width, h w grid, T = h·w patch tokens, S = T plus one where there is a class token.
 """
 
 import torch
 from torch import Tensor
+
+
+def scaled_pixels(image: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """(B, C, H, W), (C,), (C,) → scale·image + shift per channel, in the dtype of the vectors; image without them."""
+    if scale is None or shift is None:
+        return image
+    return image * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 def assemble(features: Tensor, class_token: Tensor | None, pos_embed: Tensor | None) -> Tensor:

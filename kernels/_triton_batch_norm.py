@@ -14,7 +14,7 @@ from fastvitc.kernels._synchronize import mean_over_group, merged_statistics
 from fastvitc.kernels._triton import launch
 
 _SETS, _COLUMNS = 64, 16  # of a tile
-_SPAN = 512  # sets that one program merges, so that thousands are merged side by side
+_SPAN = 512  # sets that one program merges, whole tiles: thousands are merged side by side
 
 
 @triton.jit
@@ -177,7 +177,9 @@ def gradients_of(
         programs = triton.cdiv(sets, span)
         out = partial.new_empty((5, channels) if last else (2, programs, channels))
         sizes = {"C": channels, "SPAN": span, "LAST": last, "TRAINING": training, **_TILE}
-        launch(_bn_bwd_merge_kernel, _grid(programs, channels), partial, vectors, out, values, sets, eps, **sizes)
+        launch(
+            _bn_bwd_merge_kernel, _grid(programs, channels), partial, vectors, out, values, sets, eps, **sizes
+        )
         return out
 
     if partial.shape[1] > 2 * _SPAN:

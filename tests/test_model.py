@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -15,14 +16,15 @@ from fastvitc import (
     resize_pos_embed,
 )
 from fastvitc.config import preset
+from fastvitc.stems import IMAGENET_MEAN, IMAGENET_STD
 
 
 def randomised(model):
     """The model with every parameter and statistic random, so that no initial zero hides a mistake."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             noise = torch.randn_like(tensor)
-            tensor.data = noise.abs() + 0.5 if "running_var" in name else 0.2 * noise
+            tensor.copy_(noise.abs() + 0.5 if "running_var" in name else 0.2 * noise)
     return model
 
 
@@ -204,12 +206,33 @@ def test_norms_that_differ_in_their_settings_are_refused():
         model(torch.zeros(2, 3, 32, 32))
 
 
-def test_sync_batch_norm_evaluates_and_refuses_to_train_unsynchronised():
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(create_model("vitc_nano", num_classes=3))
+def test_sync_batch_norm_alone_is_batch_norm():
+    model = create_model("vitc_nano", num_classes=3)
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     image = torch.randn(2, 3, 32, 32)
-    assert model.eval()(image).shape == (2, 3)
-    with pytest.raises(TypeError, match="does not synchronise"):
-        model.train()(image)
+    assert torch.equal(synchronized(image), model(image))
+    assert torch.equal(synchronized.stem.norms[0].running_var, model.stem.norms[0].running_var)
+
+
+def test_norms_of_two_types_are_refused():
+    model = create_model("vitc_nano")
+    model.stem.norms[0] = nn.SyncBatchNorm(model.stem.norms[0].num_features)
+    with pytest.raises(ValueError, match=r"their type.*SyncBatchNorm"):
+        model(torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_uint8_image_is_normalised_by_the_stem(training):
+    model = randomised(create_model("vitc_nano", num_classes=3)).train(training)
+    image = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(model(image), model((image / 255 - mean) / std), rtol=1e-4, atol=1e-5)
+
+
+def test_a_uint8_image_of_other_channels_is_refused():
+    model = create_model("vitc_nano", in_chans=1)
+    with pytest.raises(TypeError, match="uint8 without them"):
+        model(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

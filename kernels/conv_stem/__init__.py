@@ -4,16 +4,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from fastvitc.kernels._backend import Backends, resolve
+from fastvitc.kernels._backend import Backends, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating
-from fastvitc.kernels.conv_stem import library
+from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating, check_triton
+from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
+from fastvitc.kernels.conv_stem import composed, library
+from fastvitc.kernels.conv_stem.stem import Stem
 
 _BACKENDS = Backends(
     op="conv_stem",
-    order={"default": ("torch", "reference")},
-    rooms={"torch": "library", "reference": "reference"},
+    order={"default": ("torch", "triton", "bn_relu", "reference")},
+    rooms={"torch": "library", "triton": "triton", "bn_relu": "composed", "reference": "reference"},
+    obstacle={"triton": no_triton, "bn_relu": no_triton},
 )
 
 
@@ -34,17 +38,21 @@ def conv_stem(
     *,
     strides: Sequence[int],
     paddings: Sequence[int],
+    pixel_scale: Tensor | None = None,
+    pixel_shift: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """n times convolution, BatchNorm, ReLU; a closing convolution; the token tensor (Xiao et al. 2021, section 4).
 
-    With y_0 = image: z_i = conv(y_{i−1}, w_i), y_i = relu(BatchNorm(z_i)),
+    With y_0 = pixel_scale·image + pixel_shift: z_i = conv(y_{i−1}, w_i), y_i = relu(BatchNorm(z_i)),
     features = conv(y_n, proj_weight) + proj_bias, tokens = [class token; features, row by row] + pos_embed.
     n = 0 is the patchify stem.
 
     Args:
-        image: (B, C_0, H, W), floating point and normalised. Under autocast it and the convolution weights are cast
-            to the autocast dtype; BatchNorm, class token and position embedding keep theirs.
+        image: (B, C_0, H, W), floating point and normalised, or uint8 together with `pixel_scale` and `pixel_shift`.
+            Under autocast it and the convolution weights are cast to the autocast dtype; BatchNorm, class token and
+            position embedding keep theirs.
         conv_weights: n tensors (C_i, C_{i−1}, k, k).
         bn_weights, bn_biases, running_means, running_vars: n tensors (C_i,) each; in training the running
             statistics move in place by `momentum`.
@@ -53,123 +61,151 @@ def conv_stem(
         pos_embed: (1, S, d) or None, S = h·w patch tokens, plus one where there is a class token.
         training: whether the batch's own statistics normalise.
         strides, paddings: n + 1 integers, one per convolution.
-        backend: "auto", "torch" (PyTorch's convolutions; BatchNorm folded into them in evaluation) or "reference".
+        pixel_scale, pixel_shift: (C_0,) float, both or none; the normalisation of the image. Zero padding comes after
+            it.
+        process_group: processes whose batches share the training statistics, as in nn.SyncBatchNorm; each holds the
+            same number of values. None for this process alone. The backends torch and bn_relu do not share them.
+        backend: "auto"; "torch" (PyTorch's convolutions; BatchNorm folded into them in evaluation); "triton" (one
+            kernel per convolution and direction, no normalisation pass); "bn_relu" (PyTorch's convolutions with the
+            Triton kernels of that op between them); or "reference".
 
     Returns:
-        Tokens (B, S, d) in the dtype that the image and `pos_embed` promote to.
+        Tokens (B, S, d) in the dtype that the convolution weights and `pos_embed` promote to.
 
-    Convolutions accumulate and statistics run in float32 (float64 for float64 input). The reference saves the
-    image, z_i in its dtype, and two vectors per channel; backward recomputes the rest.
+    Convolutions accumulate and statistics run in float32 (float64 for float64 input). Triton and the reference save
+    the image as it came, z_i in the dtype of the weights, and four vectors per channel; backward recomputes the rest.
+    The Triton backend normalises and clips a layer's input while it loads it, leaves partial statistics of its output,
+    and in backward forms dz = A·dy' + B·z + C on load; `fastvitc.kernels.conv_stem.triton` has the algorithm. Its speed
+    is not measured on a GPU.
 
     Raises:
-        TypeError: a tensor is not floating point (a uint8 image has to be normalised first).
+        TypeError: a tensor of a dtype that does not fit (a uint8 image without its normalisation).
         ValueError: lists of different lengths, shapes that do not fit each other, an image that leaves no output.
         BackendUnavailable: an explicit backend that cannot run here.
     """
-    layers = (conv_weights, bn_weights, bn_biases, running_means, running_vars)
-    grid = _check(image, layers, proj_weight, proj_bias, class_token, pos_embed, strides, paddings, training)
-    image = autocast(image)
-    backend = resolve("conv_stem", backend, image.device.type)
-    if backend == "torch":
-        return library.conv_stem(
-            image,
-            *layers,
-            proj_weight,
-            proj_bias,
-            class_token,
-            pos_embed,
-            strides,
-            paddings,
-            training,
-            momentum,
-            eps,
+    stem = Stem(
+        conv_weights,
+        bn_weights,
+        bn_biases,
+        proj_weight,
+        proj_bias,
+        pixel_scale,
+        pixel_shift,
+        strides,
+        paddings,
+        eps,
+        group_name(process_group) if training else "",
+    )
+    grids = _check(image, stem, running_means, running_vars, class_token, pos_embed, training)
+    backend = (synchronizing if stem.group else resolve)("conv_stem", backend, image.device.type)
+    running = running_means, running_vars
+    if backend in ("torch", "bn_relu"):
+        room = library if backend == "torch" else composed
+        return room.conv_stem(image, stem, *running, class_token, pos_embed, training, momentum)
+    weights, proj_weight = [autocast(w) for w in conv_weights], autocast(proj_weight)
+    if backend == "triton":
+        check_triton("conv_stem", proj_weight.dtype)
+    if pixel_scale is None:
+        image = autocast(image)
+    if image.dtype not in (proj_weight.dtype, torch.uint8):
+        raise TypeError(
+            f"conv_stem: image and weights must have one dtype, got {image.dtype} and {proj_weight.dtype}; "
+            "cast one of them, or use autocast"
         )
-    tokens, _, means, variances = _forward(
+    differentiable = (
         image,
-        [autocast(w) for w in conv_weights],
-        *map(list, layers[1:]),
-        autocast(proj_weight),
-        autocast(proj_bias),
+        *conv_weights,
+        *bn_weights,
+        *bn_biases,
+        proj_weight,
+        proj_bias,
         class_token,
         pos_embed,
-        list(strides),
-        list(paddings),
-        list(grid),
+    )
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    casted = stem._replace(conv_weights=weights, proj_weight=proj_weight, proj_bias=autocast(proj_bias))
+    tokens, _, vectors = _forward(
+        image,
+        *casted.packed(),
+        [*running_means, *running_vars],
+        class_token,
+        pos_embed,
         training,
-        eps,
+        keep,
         backend,
     )
     if training:
-        shapes = _layer_shapes(image, conv_weights, strides, paddings)
+        processes = group_size(stem.group)
         with torch.no_grad():
-            stats = zip(running_means, running_vars, means, variances, shapes, strict=True)
-            for running_mean, running_var, mean, var, (batch, _, height, width) in stats:
-                update_running(running_mean, running_var, mean, var, batch * height * width, momentum)
+            for mean, var, of_layer, (height, width) in zip(*running, vectors, grids[:-1], strict=True):
+                update_running(mean, var, of_layer, processes * len(image) * height * width, momentum)
     return tokens
 
 
-def _layer_shapes(
-    image: Tensor, weights: Sequence[Tensor], strides: Sequence[int], paddings: Sequence[int]
-) -> list[tuple[int, int, int, int]]:
-    """The (B, C, H, W) shape of each convolution's output."""
-    batch, _, height, width = image.shape
-    shapes = []
-    for weight, stride, padding in zip(weights, strides, paddings, strict=False):
-        height, width = (
-            (side + 2 * padding - kernel) // stride + 1
-            for side, kernel in zip((height, width), weight.shape[2:], strict=True)
-        )
-        shapes.append((batch, weight.shape[0], height, width))
-    return shapes
-
-
 def _check(
-    image, layers, proj_weight, proj_bias, class_token, pos_embed, strides, paddings, training
-) -> tuple[int, int]:
-    """Raise for inputs that do not fit each other; return the token grid (h, w)."""
-    conv_weights = layers[0]
-    n = len(conv_weights)
-    check_floating("conv_stem", image=image, proj_weight=proj_weight)
+    image, stem, running_means, running_vars, class_token, pos_embed, training
+) -> list[tuple[int, int]]:
+    """Raise for inputs that do not fit each other; return the grid (h, w) of each convolution's output."""
+    layers = (stem.conv_weights, stem.bn_weights, stem.bn_biases, running_means, running_vars)
+    n = len(stem.conv_weights)
     if image.dim() != 4:
         raise ValueError(
             f"conv_stem: image must be (B, C, H, W), got {image.dim()} dimensions {tuple(image.shape)}"
         )
-    lengths = [len(layer) for layer in layers] + [len(strides) - 1, len(paddings) - 1]
+    _check_pixels(image, stem)
+    check_floating("conv_stem", proj_weight=stem.proj_weight)
+    lengths = [len(layer) for layer in layers] + [len(stem.strides) - 1, len(stem.paddings) - 1]
     if any(length != n for length in lengths):
         raise ValueError(
             "conv_stem: the five lists over the layers need n entries and strides and paddings n + 1, got "
-            f"{lengths[:5]} and {len(strides)}, {len(paddings)}"
+            f"{lengths[:5]} and {len(stem.strides)}, {len(stem.paddings)}"
         )
     channels = image.shape[1]
-    for i, weight in enumerate([*conv_weights, proj_weight]):
+    for i, weight in enumerate([*stem.conv_weights, stem.proj_weight]):
         if weight.dim() != 4 or weight.shape[1] != channels:
             raise ValueError(
                 f"conv_stem: convolution {i} needs a weight (out, {channels}, k, k), got {tuple(weight.shape)}"
             )
         channels = weight.shape[0]
-        vectors = [layer[i] for layer in layers[1:]] if i < n else [proj_bias]
+        vectors = [layer[i] for layer in layers[1:]] if i < n else [stem.proj_bias]
         for vector in vectors:
             if vector.shape != (channels,):
                 raise ValueError(
                     f"conv_stem: the vectors of convolution {i} must be ({channels},), got {tuple(vector.shape)}"
                 )
-    _, width, *grid = _layer_shapes(image, [*conv_weights, proj_weight], strides, paddings)[-1]
-    if min(grid) < 1:
+    grids = stem.grids(*image.shape[2:])
+    (height, width), d = grids[-1], stem.proj_weight.shape[0]
+    if min(height, width) < 1:
         raise ValueError(f"conv_stem: an image of {image.shape[2]}x{image.shape[3]} leaves no tokens")
-    if class_token is not None and class_token.shape != (1, 1, width):
-        raise ValueError(f"conv_stem: class_token must be (1, 1, {width}), got {tuple(class_token.shape)}")
-    values = [b * h * w for b, _, h, w in _layer_shapes(image, conv_weights, strides, paddings)]
+    if class_token is not None and class_token.shape != (1, 1, d):
+        raise ValueError(f"conv_stem: class_token must be (1, 1, {d}), got {tuple(class_token.shape)}")
+    values = [len(image) * h * w for h, w in grids[:-1]]
     if training and values and min(values) < 2:
         raise ValueError(
             f"conv_stem: training needs more than one value per channel, got image {tuple(image.shape)}"
         )
-    tokens = grid[0] * grid[1] + (class_token is not None)
-    if pos_embed is not None and pos_embed.shape != (1, tokens, width):
+    tokens = height * width + (class_token is not None)
+    if pos_embed is not None and pos_embed.shape != (1, tokens, d):
         raise ValueError(
-            f"conv_stem: pos_embed must be (1, {tokens}, {width}) for a {grid[0]}x{grid[1]} grid, "
+            f"conv_stem: pos_embed must be (1, {tokens}, {d}) for a {height}x{width} grid, "
             f"got {tuple(pos_embed.shape)}"
         )
-    return grid[0], grid[1]
+    return grids
+
+
+def _check_pixels(image: Tensor, stem: Stem) -> None:
+    vectors = {"pixel_scale": stem.pixel_scale, "pixel_shift": stem.pixel_shift}
+    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    if len(given) == 1:
+        raise ValueError(f"conv_stem: pixel_scale and pixel_shift go together, got only {next(iter(given))}")
+    for name, vector in given.items():
+        if vector.shape != image.shape[1:2]:
+            raise ValueError(f"conv_stem: {name} must be ({image.shape[1]},), got {tuple(vector.shape)}")
+    if not image.is_floating_point() and (image.dtype != torch.uint8 or not given):
+        raise TypeError(
+            f"conv_stem: image must be a floating-point tensor, or uint8 with pixel_scale and pixel_shift, got "
+            f"{image.dtype}{'' if given else ' without them'}"
+        )
 
 
 def _laid_out_as(value: Tensor, like: Tensor) -> Tensor:
@@ -180,226 +216,168 @@ def _laid_out_as(value: Tensor, like: Tensor) -> Tensor:
 @torch.library.custom_op("fastvitc::conv_stem", mutates_args=())
 def _forward(
     image: Tensor,
-    conv_weights: list[Tensor],
-    bn_weights: list[Tensor],
-    bn_biases: list[Tensor],
-    running_means: list[Tensor],
-    running_vars: list[Tensor],
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    class_token: Tensor | None,
-    pos_embed: Tensor | None,
+    parameters: list[Tensor],
+    pixels: list[Tensor],
     strides: list[int],
     paddings: list[int],
-    grid: list[int],
-    training: bool,
     eps: float,
+    group: str,
+    running: list[Tensor],
+    class_token: Tensor | None,
+    pos_embed: Tensor | None,
+    training: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(tokens, zs, vectors); in evaluation without `keep` the lists are empty."""
+    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
+    n = len(stem.conv_weights)
+    statistics = None if training else list(zip(running[:n], running[n:], strict=True))
+    room = _BACKENDS.room(backend)
     with torch.autocast(image.device.type, enabled=False):
-        tokens, zs, means, variances = _BACKENDS.room(backend).forward(
-            image,
-            conv_weights,
-            bn_weights,
-            bn_biases,
-            running_means,
-            running_vars,
-            proj_weight,
-            proj_bias,
-            class_token,
-            pos_embed,
-            strides,
-            paddings,
-            training,
-            eps,
-        )
+        if statistics is not None and not keep:
+            return room.infer(image, stem, statistics, class_token, pos_embed).contiguous(), [], []
+        tokens, zs, vectors = room.forward(image, stem, statistics, class_token, pos_embed)
     zs = [z.contiguous(memory_format=torch.channels_last) for z in zs]
-    return tokens.contiguous(), zs, means, variances
+    wide = accumulation_dtype(stem.proj_weight.dtype)
+    return tokens.contiguous(), zs, [v.to(wide) for v in vectors]
 
 
 @_forward.register_fake
 def _(
     image,
-    conv_weights,
-    bn_weights,
-    bn_biases,
-    running_means,
-    running_vars,
-    proj_weight,
-    proj_bias,
-    class_token,
-    pos_embed,
+    parameters,
+    pixels,
     strides,
     paddings,
-    grid,
-    training,
     eps,
-    backend,
+    group,
+    running,
+    class_token,
+    pos_embed,
+    training,
+    keep,
+    _,
 ):
-    dtype = image.dtype if pos_embed is None else torch.promote_types(image.dtype, pos_embed.dtype)
-    tokens = grid[0] * grid[1] + (class_token is not None)
-    out = image.new_empty(image.shape[0], tokens, proj_weight.shape[0], dtype=dtype)
+    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
+    like, batch, grids = stem.proj_weight, image.shape[0], stem.grids(*image.shape[2:])
+    dtype = like.dtype if pos_embed is None else torch.promote_types(like.dtype, pos_embed.dtype)
+    tokens = grids[-1][0] * grids[-1][1] + (class_token is not None)
+    out = like.new_empty(batch, tokens, like.shape[0], dtype=dtype)
+    if not training and not keep:
+        return out, [], []
     zs = [
-        torch.empty_like(image.new_empty(shape), memory_format=torch.channels_last)
-        for shape in _layer_shapes(image, conv_weights, strides, paddings)
+        torch.empty_like(like.new_empty(batch, len(w), *grid), memory_format=torch.channels_last)
+        for w, grid in zip(stem.conv_weights, grids, strict=False)
     ]
-
-    def vectors(like: list[Tensor]) -> list[Tensor]:
-        if not training:
-            return [torch.empty_like(v) for v in like]
-        return [image.new_empty(z.shape[1], dtype=accumulation_dtype(image.dtype)) for z in zs]
-
-    return out, zs, vectors(running_means), vectors(running_vars)
+    return (
+        out,
+        zs,
+        [like.new_empty(4, len(w), dtype=accumulation_dtype(like.dtype)) for w in stem.conv_weights],
+    )
 
 
 @torch.library.custom_op("fastvitc::conv_stem_backward", mutates_args=())
 def _backward(
     dtokens: Tensor,
     image: Tensor,
-    conv_weights: list[Tensor],
-    bn_weights: list[Tensor],
-    bn_biases: list[Tensor],
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    zs: list[Tensor],
-    means: list[Tensor],
-    variances: list[Tensor],
+    parameters: list[Tensor],
+    pixels: list[Tensor],
     strides: list[int],
     paddings: list[int],
-    grid: list[int],
+    eps: float,
+    group: str,
+    zs: list[Tensor],
+    vectors: list[Tensor],
+    training: bool,
     has_class_token: bool,
     need_dimage: bool,
-    training: bool,
-    eps: float,
     backend: str,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(dimage where it is needed, the gradients of `parameters`, dpos_embed)."""
+    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
     with torch.autocast(image.device.type, enabled=False):
-        dimage, dconv, dgamma, dbeta, dproj_weight, dproj_bias, dpos_embed = _BACKENDS.room(backend).backward(
-            dtokens,
-            image,
-            conv_weights,
-            bn_weights,
-            bn_biases,
-            proj_weight,
-            zs,
-            means,
-            variances,
-            strides,
-            paddings,
-            training,
-            eps,
-            (grid[0], grid[1]),
-            has_class_token,
-            need_dimage,
+        dimage, dparameters, dpos_embed = _BACKENDS.room(backend).backward(
+            dtokens, image, stem, zs, vectors, training, has_class_token, need_dimage
         )
-    return (
-        [_laid_out_as(dimage, image)] if need_dimage else [],
-        [_laid_out_as(d, w) for d, w in zip(dconv, conv_weights, strict=True)],
-        [_laid_out_as(d, w) for d, w in zip(dgamma, bn_weights, strict=True)],
-        [_laid_out_as(d, w) for d, w in zip(dbeta, bn_biases, strict=True)],
-        _laid_out_as(dproj_weight, proj_weight),
-        _laid_out_as(dproj_bias, proj_bias),
-        dpos_embed,
-    )
+    dparameters = [_laid_out_as(d, p) for d, p in zip(dparameters, parameters, strict=True)]
+    return [_laid_out_as(dimage, image)] if need_dimage else [], dparameters, dpos_embed
 
 
 @_backward.register_fake
 def _(
     dtokens,
     image,
-    conv_weights,
-    bn_weights,
-    bn_biases,
-    proj_weight,
-    proj_bias,
-    zs,
-    means,
-    variances,
+    parameters,
+    pixels,
     strides,
     paddings,
-    grid,
-    has_class_token,
-    need_dimage,
-    training,
     eps,
-    backend,
+    group,
+    zs,
+    vectors,
+    training,
+    has,
+    need_dimage,
+    _,
 ):
+    dpos_embed = dtokens.new_empty(1, *dtokens.shape[1:], dtype=accumulation_dtype(dtokens.dtype))
     return (
         [torch.empty_like(image)] if need_dimage else [],
-        [torch.empty_like(w) for w in conv_weights],
-        [torch.empty_like(w) for w in bn_weights],
-        [torch.empty_like(b) for b in bn_biases],
-        torch.empty_like(proj_weight),
-        torch.empty_like(proj_bias),
-        dtokens.new_empty(1, *dtokens.shape[1:], dtype=accumulation_dtype(dtokens.dtype)),
+        [torch.empty_like(p) for p in parameters],
+        dpos_embed,
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (
-        image,
-        conv_weights,
-        bn_weights,
-        bn_biases,
-        _,
-        _,
-        proj_weight,
-        proj_bias,
-        class_token,
-        pos_embed,
-        *rest,
-    ) = inputs
-    ctx.strides, ctx.paddings, ctx.grid, ctx.training, ctx.eps, ctx.backend = rest
-    _, zs, means, variances = output
-    ctx.n = len(conv_weights)
+    image, parameters, pixels, *ctx.geometry, _, class_token, pos_embed, ctx.training, _, ctx.backend = inputs
+    _, zs, vectors = output
+    ctx.lengths = [len(part) for part in (parameters, pixels, zs, vectors)]
     ctx.class_dtype = None if class_token is None else class_token.dtype
     ctx.pos_dtype = None if pos_embed is None else pos_embed.dtype
     ctx.need_dimage = image.requires_grad
     ctx.set_materialize_grads(False)
-    lists = (conv_weights, bn_weights, bn_biases, zs, means, variances)
-    ctx.save_for_backward(image, proj_weight, proj_bias, *(t for part in lists for t in part))
+    ctx.save_for_backward(image, *parameters, *pixels, *zs, *vectors)
 
 
-def _autograd(ctx, dtokens: Tensor | None, _dzs, _dmeans, _dvariances):
+def _autograd(ctx, dtokens: Tensor | None, _dzs, _dvectors):
+    """Gradients of the inputs of `_forward`."""
     if dtokens is None:
-        return None, *([None] * ctx.n for _ in range(5)), *(None,) * 10
-    image, proj_weight, proj_bias, *flat = ctx.saved_tensors
-    n = ctx.n
-    conv_weights, bn_weights, bn_biases, zs, means, variances = (flat[i * n : (i + 1) * n] for i in range(6))
-    dimage, dconv, dgamma, dbeta, dproj_weight, dproj_bias, dpos_embed = _backward(
+        return None, [None] * ctx.lengths[0], [None] * ctx.lengths[1], *(None,) * 10
+    image, *flat = ctx.saved_tensors
+    parameters, pixels, zs, vectors = (list(part) for part in _split(flat, ctx.lengths))
+    has_class_token = ctx.class_dtype is not None
+    dimage, dparameters, dpos_embed = _backward(
         dtokens,
         image,
-        conv_weights,
-        bn_weights,
-        bn_biases,
-        proj_weight,
-        proj_bias,
+        parameters,
+        pixels,
+        *ctx.geometry,
         zs,
-        means,
-        variances,
-        ctx.strides,
-        ctx.paddings,
-        ctx.grid,
-        ctx.class_dtype is not None,
-        ctx.need_dimage,
+        vectors,
         ctx.training,
-        ctx.eps,
+        has_class_token,
+        ctx.need_dimage,
         ctx.backend,
     )
-    dclass_token = None if ctx.class_dtype is None else dpos_embed[:, :1].to(ctx.class_dtype)
     return (
         dimage[0] if ctx.need_dimage else None,
-        dconv,
-        dgamma,
-        dbeta,
-        [None] * n,
-        [None] * n,
-        dproj_weight,
-        dproj_bias,
-        dclass_token,
+        dparameters,
+        [None] * len(pixels),
+        *(None,) * len(ctx.geometry),
+        [None] * (2 * len(zs)),
+        dpos_embed[:, :1].to(ctx.class_dtype) if has_class_token else None,
         None if ctx.pos_dtype is None else dpos_embed.to(ctx.pos_dtype),
-        *(None,) * 6,
+        None,
+        None,
+        None,
     )
+
+
+def _split(flat: list[Tensor], lengths: list[int]):
+    for length in lengths:
+        yield flat[:length]
+        flat = flat[length:]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,43 +1,55 @@
 """The stem by PyTorch's convolutions (cuDNN, oneDNN), BatchNorm folded into them in evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvitc.kernels._batch_norm import scale_shift
 from fastvitc.kernels._dtype import autocast
-from fastvitc.kernels._tokens import assemble
+from fastvitc.kernels._tokens import assemble, scaled_pixels
+from fastvitc.kernels.conv_stem.stem import Stem
+
+
+def batch_norm_relu(
+    z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, momentum: float, eps: float
+) -> Tensor:
+    """BatchNorm in training and ReLU, as PyTorch's own ops."""
+    return F.relu(F.batch_norm(z, mean, var, gamma, beta, True, momentum, eps))
 
 
 def conv_stem(
     image: Tensor,
-    conv_weights: Sequence[Tensor],
-    bn_weights: Sequence[Tensor],
-    bn_biases: Sequence[Tensor],
+    stem: Stem,
     running_means: Sequence[Tensor],
     running_vars: Sequence[Tensor],
-    proj_weight: Tensor,
-    proj_bias: Tensor,
     class_token: Tensor | None,
     pos_embed: Tensor | None,
-    strides: Sequence[int],
-    paddings: Sequence[int],
     training: bool,
     momentum: float,
-    eps: float,
+    normalize: Callable[..., Tensor] = batch_norm_relu,
 ) -> Tensor:
-    y = image
+    """Tokens; in training `normalize` is what follows each convolution."""
+    y = autocast(scaled_pixels(image, stem.pixel_scale, stem.pixel_shift))
     layers = zip(
-        conv_weights, bn_weights, bn_biases, running_means, running_vars, strides, paddings, strict=False
+        stem.conv_weights,
+        stem.bn_weights,
+        stem.bn_biases,
+        running_means,
+        running_vars,
+        stem.strides,
+        stem.paddings,
+        strict=False,
     )
     for weight, gamma, beta, mean, var, stride, padding in layers:
         if training:
             z = F.conv2d(y, autocast(weight), None, stride, padding)
-            y = F.relu(F.batch_norm(z, mean, var, gamma, beta, True, momentum, eps))
+            y = normalize(z, mean, var, gamma, beta, momentum, stem.eps)
         else:
-            a, b = scale_shift(mean, var, gamma, beta, eps)
-            folded = autocast((weight * a.view(-1, 1, 1, 1)).to(image.dtype))
-            y = F.relu(F.conv2d(y, folded, autocast(b.to(image.dtype)), stride, padding))
-    features = F.conv2d(y, autocast(proj_weight), autocast(proj_bias), strides[-1], paddings[-1])
+            a, b = scale_shift(mean, var, gamma, beta, stem.eps)
+            folded = autocast((weight * a.view(-1, 1, 1, 1)).to(y.dtype))
+            y = F.relu(F.conv2d(y, folded, autocast(b.to(y.dtype)), stride, padding))
+    features = F.conv2d(
+        y, autocast(stem.proj_weight), autocast(stem.proj_bias), stem.strides[-1], stem.paddings[-1]
+    )
     return assemble(features, class_token, pos_embed)

@@ -1,8 +1,7 @@
 """The stem in plain PyTorch: the oracle of every other backend. Any device, any floating dtype.
 
-Between layers only z, the convolution's output rounded to the dtype of the image, is kept; everything else is
-recomputed from it. n layers; lists run over the layers, `strides` and `paddings` over the layers and the closing
-convolution.
+Between layers only z, the convolution's output rounded to the dtype of the weights, is kept; everything else is
+recomputed from it.
 """
 
 from collections.abc import Sequence
@@ -11,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import normalize_relu, normalize_relu_backward, statistics
+from fastvitc.kernels._batch_norm import (
+    gradient_sums,
+    input_coefficients,
+    input_gradient,
+    layer_vectors,
+    normalize_relu,
+    statistics,
+)
 from fastvitc.kernels._dtype import accumulation_dtype
-from fastvitc.kernels._tokens import assemble
+from fastvitc.kernels._synchronize import mean_over_group, merged_statistics
+from fastvitc.kernels._tokens import assemble, scaled_pixels
+from fastvitc.kernels.conv_stem.stem import Stem
 
 
 def _convolve(y: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -43,82 +51,89 @@ def _convolve_backward(
     return (dy.to(y.dtype) if need_dy else None), dweight, dbias
 
 
+def _pixels(image: Tensor, stem: Stem) -> Tensor:
+    return scaled_pixels(image, stem.pixel_scale, stem.pixel_shift).to(stem.proj_weight.dtype)
+
+
 def forward(
     image: Tensor,
-    conv_weights: Sequence[Tensor],
-    bn_weights: Sequence[Tensor],
-    bn_biases: Sequence[Tensor],
-    running_means: Sequence[Tensor],
-    running_vars: Sequence[Tensor],
-    proj_weight: Tensor,
-    proj_bias: Tensor,
+    stem: Stem,
+    running: Sequence[tuple[Tensor, Tensor]] | None,
     class_token: Tensor | None,
     pos_embed: Tensor | None,
-    strides: Sequence[int],
-    paddings: Sequence[int],
-    training: bool,
-    eps: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """(tokens, z of each layer, mean of each layer, biased variance of each layer)."""
-    y, zs, means, variances = image, [], [], []
-    for i, weight in enumerate(conv_weights):
-        z = _convolve(y, weight, None, strides[i], paddings[i])
-        mean, var = statistics(z) if training else (running_means[i].clone(), running_vars[i].clone())
-        y = normalize_relu(z, mean, var, bn_weights[i], bn_biases[i], eps)
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(tokens, z of each layer, vectors (4, C) of each layer); `running` is None where the batch normalises itself."""
+    y, zs, vectors = _pixels(image, stem), [], []
+    for i, weight in enumerate(stem.conv_weights):
+        z = _convolve(y, weight, None, stem.strides[i], stem.paddings[i])
+        if running is None:
+            mean, var = merged_statistics(*statistics(z), z.numel() // z.shape[1], stem.group)
+        else:
+            mean, var = running[i]
         zs.append(z)
-        means.append(mean)
-        variances.append(var)
-    features = _convolve(y, proj_weight, proj_bias, strides[-1], paddings[-1])
-    return assemble(features, class_token, pos_embed), zs, means, variances
+        vectors.append(layer_vectors(mean, var, stem.bn_weights[i], stem.bn_biases[i], stem.eps))
+        y = normalize_relu(z, vectors[i])
+    features = _convolve(y, stem.proj_weight, stem.proj_bias, stem.strides[-1], stem.paddings[-1])
+    return assemble(features, class_token, pos_embed), zs, vectors
+
+
+def infer(
+    image: Tensor,
+    stem: Stem,
+    running: Sequence[tuple[Tensor, Tensor]],
+    class_token: Tensor | None,
+    pos_embed: Tensor | None,
+) -> Tensor:
+    """The tokens in evaluation, where nothing is kept for a backward pass."""
+    return forward(image, stem, running, class_token, pos_embed)[0]
 
 
 def backward(
     dtokens: Tensor,
     image: Tensor,
-    conv_weights: Sequence[Tensor],
-    bn_weights: Sequence[Tensor],
-    bn_biases: Sequence[Tensor],
-    proj_weight: Tensor,
+    stem: Stem,
     zs: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    strides: Sequence[int],
-    paddings: Sequence[int],
+    vectors: Sequence[Tensor],
     training: bool,
-    eps: float,
-    grid: tuple[int, int],
     has_class_token: bool,
     need_dimage: bool,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
-    """(dimage, dconv_weights, dbn_weights, dbn_biases, dproj_weight, dproj_bias, dpos_embed).
+) -> tuple[Tensor | None, list[Tensor], Tensor]:
+    """(dimage or None, the gradients of the stem's packed parameters, dpos_embed).
 
     The gradient of the class token is the first row of dpos_embed.
     """
-    n = len(conv_weights)
+    n = len(zs)
+    grid = stem.grids(*image.shape[2:])[-1]
 
     def activation(layer: int) -> Tensor:
-        if layer < 0:
-            return image
-        stats = means[layer], variances[layer]
-        return normalize_relu(zs[layer], *stats, bn_weights[layer], bn_biases[layer], eps)
+        return _pixels(image, stem) if layer < 0 else normalize_relu(zs[layer], vectors[layer])
 
     dpos_embed = dtokens.to(accumulation_dtype(dtokens.dtype)).sum(0, keepdim=True)
     dfeatures = dtokens[:, int(has_class_token) :].mT.unflatten(2, grid)
-    need_dy = need_dimage or n > 0
     dy, dproj_weight, dproj_bias = _convolve_backward(
-        dfeatures, activation(n - 1), proj_weight, strides[-1], paddings[-1], need_dy
+        dfeatures,
+        activation(n - 1),
+        stem.proj_weight,
+        stem.strides[-1],
+        stem.paddings[-1],
+        need_dimage or n > 0,
     )
     dconv: list[Tensor] = []
     dgamma: list[Tensor] = []
     dbeta: list[Tensor] = []
     for i in reversed(range(n)):
-        stats = means[i], variances[i]
-        dz, dg, db = normalize_relu_backward(dy, zs[i], *stats, bn_weights[i], bn_biases[i], eps, training)
+        masked, dg, db = gradient_sums(dy, zs[i], vectors[i], stem.eps)
+        sums = torch.stack([dg, db])
+        count = zs[i].numel() // zs[i].shape[1]
+        means = mean_over_group(sums / count, stem.group) if training else torch.zeros_like(sums)
+        dz = input_gradient(masked, zs[i], input_coefficients(vectors[i], *means, stem.eps))
         need_dy = need_dimage or i > 0
         dy, dw, _ = _convolve_backward(
-            dz, activation(i - 1), conv_weights[i], strides[i], paddings[i], need_dy
+            dz, activation(i - 1), stem.conv_weights[i], stem.strides[i], stem.paddings[i], need_dy
         )
         dconv.insert(0, dw)
         dgamma.insert(0, dg)
         dbeta.insert(0, db)
-    return dy, dconv, dgamma, dbeta, dproj_weight, dproj_bias, dpos_embed
+    if need_dimage and stem.pixel_scale is not None:
+        dy = dy * stem.pixel_scale.view(1, -1, 1, 1)
+    return dy, [*dconv, *dgamma, *dbeta, dproj_weight, dproj_bias], dpos_embed
