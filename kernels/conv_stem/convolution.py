@@ -4,10 +4,10 @@ B batch, C input and N output channels, (H, W) input and (OH, OW) output, (KH, K
 weight is the (N, KH·KW·C) matrix that its channels-last storage is: k = (kh·KW + kw)·C + c.
 
 No activation is ever stored: a program normalises and clips its input x while it loads it, y = relu(scale·x + shift),
-    zero where the kernel reaches over the border, and forms the gradient dz = A·dy' + B·z + C of a convolution's
-    output z likewise. K runs tap by tap, so that a row's place is checked once for all channels of a tap; where a tap
-    has fewer channels than a tile, K runs on over the taps instead, and tiles stay full. Every output element is
-    written by one program: no atomics, results repeat bitwise.
+zero where the kernel reaches over the border, and forms the gradient dz = A·dy' + B·z + C of a convolution's output z
+likewise. K runs tap by tap, so that a row's place is checked once for all channels of a tap; where a tap has fewer
+channels than a tile, K runs on over the taps instead, and tiles stay full. Every output element is written by one
+program: no atomics, results repeat bitwise.
 """
 
 from collections.abc import Sequence

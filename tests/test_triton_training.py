@@ -1,0 +1,81 @@
+"""Whole training steps on the Triton kernels, in the interpreter where there is no GPU, against the reference."""
+
+import pytest
+import torch
+
+from fastvitc import create_model
+from fastvitc.distributed import Process
+from fastvitc.engine import TrainStep
+from fastvitc.kernels import attention, bn_relu, conv_stem
+from fastvitc.optim import create_optimizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trained(backend, optimizer, lr, steps, dtype=torch.float32, compile=False):
+    """(losses of the steps, the model after them)."""
+    torch.manual_seed(0)
+    model = create_model("vitc_nano", num_classes=10, backend=backend)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+    step = TrainStep(
+        model,
+        create_optimizer(model, optimizer, lr=lr, weight_decay=0.05),
+        Process(0, 1, DEVICE),
+        dtype=dtype,
+        compile=compile,
+    )
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.tensor([1, 4, 4, 9], device=DEVICE)
+    return [step([(images, labels, None)]).item() for _ in range(steps)], model
+
+
+@pytest.fixture(scope="module")
+def curves():
+    return [trained(backend, "adamw", 1e-3, 10)[0] for backend in ("reference", "triton")]
+
+
+def test_three_steps_end_at_the_weights_and_statistics_of_the_reference():
+    (_, expected), (_, found) = (trained(backend, "sgd", 0.05, 3) for backend in ("reference", "triton"))
+    for (name, e), f in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+    moved = create_model("vitc_nano", num_classes=10).stem.norms[0].running_mean
+    assert not torch.equal(found.stem.norms[0].running_mean.cpu(), moved)
+
+
+def test_ten_steps_follow_the_loss_curve_of_the_reference(curves):
+    expected, found = map(torch.tensor, curves)
+    assert (found - expected).abs().max() < 2e-3
+    assert found[-1] < found[0] / 2
+
+
+def test_bfloat16_steps_stay_near_the_float32_curve(curves):
+    found = torch.tensor(trained("triton", "adamw", 1e-3, 3, torch.bfloat16)[0])
+    assert (found - torch.tensor(curves[0][:3])).abs().max() < 0.1
+
+
+def test_a_step_compiles_as_one_graph_and_again_without_recompilation():
+    torch.compiler.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled, _ = trained("triton", "sgd", 0.05, 3, compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    eager, _ = trained("triton", "sgd", 0.05, 3)
+    assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+def test_float64_is_refused_before_any_launch():
+    qkv = torch.zeros(1, 4, 48, dtype=torch.float64, device=DEVICE)
+    x, vector = torch.zeros(2, 3, 4, 4, dtype=torch.float64, device=DEVICE), torch.ones(3, device=DEVICE)
+    image, weight = torch.zeros(2, 3, 8, 8, dtype=torch.float64, device=DEVICE), torch.zeros(4, 3, 4, 4).double()
+    calls = (
+        lambda: attention(qkv, 1, backend="triton"),
+        lambda: bn_relu(x, vector, vector, vector, vector, backend="triton"),
+        lambda: conv_stem(
+            image, [], [], [], [], [], weight.to(DEVICE), weight[:, 0, 0, 0].to(DEVICE),
+            strides=(4,), paddings=(0,), backend="triton",
+        ),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(TypeError, match="triton backend takes float32, float16 or bfloat16"):
+            call()
