@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config
+from torch._functorch import config as aot_config
+from torch._inductor import config as inductor_config
 from torch._inductor.fx_utils import count_flops_fx
 from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import NoneAsConstantBuffer
@@ -60,7 +61,11 @@ def _scheduled_only(forward: list[Kernel], backward: list[Kernel]) -> Iterator[N
         (backward if graph.is_backward else forward).extend(_kernels(graph))
         return SimpleNamespace(call=lambda inputs: _outputs(graph, inputs), runner=None)
 
-    with patch.object(GraphLowering, "compile_to_module", count), config.patch(force_disable_caches=True):
+    with (
+        patch.object(GraphLowering, "compile_to_module", count),
+        inductor_config.patch(fx_graph_cache=False),
+        aot_config.patch(enable_autograd_cache=False),
+    ):
         yield
 
 

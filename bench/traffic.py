@@ -6,7 +6,8 @@ Ours: the loads and stores that Triton's interpreter runs, launched as on an H10
 kernels around them. The affine law through the two (fixed bytes + bytes per image) gives the figures at a batch of 128;
 a launcher that splits its work by the batch may differ there. Eager and inductor are counted at a batch of 128.
 
-Distinct bytes count once per kernel that reads them and once per kernel that writes them: what must cross DRAM.
+Distinct bytes count once per kernel that reads them and once per kernel that writes them: what must cross DRAM. That
+flatters eager, whose kernels count their inputs once also where they read them twice.
 Requested bytes are those of every lane of ours: what the caches must serve. Saved bytes are those of distinct storages
 kept for backward, parameters and buffers excluded.
 """
@@ -113,7 +114,10 @@ def _ours(part: parts.Part, sizes: tuple[int, int]) -> dict[str, dict]:
 
 def _peer(part: parts.Part, counter: Callable[..., tuple[Count, Count]]) -> dict[str, dict]:
     counts = _directions(*counter(*part.peer(BATCH)))
-    return {direction: _fields(per_image(count, BATCH), (BATCH,)) for direction, count in counts.items()}
+    return {
+        direction: _fields(per_image(count, BATCH), (BATCH,)) | {"requested_bytes_per_image": None}
+        for direction, count in counts.items()
+    }
 
 
 def _least(part: parts.Part) -> dict[str, dict]:
