@@ -69,6 +69,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def storages(values: object) -> list[torch.UntypedStorage]:
+    """The distinct storages of the tensors in `values`, in order."""
+    return list({_storage(t): t.untyped_storage() for t in tensors(values)}.values())
+
+
 class AtenKernels(TorchDispatchMode):
     """Appends to `kernels` every aten kernel that runs under it, with those inside this project's ops."""
 
@@ -136,43 +141,21 @@ def training_counts(
     return forward, backward
 
 
-def eager_counts(module: torch.nn.Module, inputs: list[Tensor]) -> tuple[Count, Count]:
-    """Forward and backward of a training module as PyTorch runs it op by op; nothing is computed."""
+def unrun_counts(
+    module: torch.nn.Module, inputs: list[Tensor], counter: Callable[[list[Kernel]], object]
+) -> tuple[Count, Count]:
+    """`training_counts` on tensors without memory: kernels are called and nothing is computed."""
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         module = copy.deepcopy(module)
     inputs = [mode.from_tensor(t) for t in inputs]
     with mode:
-        return training_counts(module, inputs, AtenKernels)
+        return training_counts(module, inputs, counter)
 
 
-def at_batch(counts: tuple[Count, Count], sizes: tuple[int, int], batch_size: int) -> Count:
-    """Per image, the count of `batch_size` images by the affine law through the counts of two smaller batches.
-
-    Raises:
-        ValueError: the two batches ran different kernels, so that no one law holds.
-    """
-    small, large = counts
-    names = [[kernel.name for kernel in count.kernels] for count in counts]
-    if names[0] != names[1]:
-        raise ValueError(
-            f"batches of {sizes[0]} and {sizes[1]} run different kernels: {names[0]}, {names[1]}"
-        )
-
-    def law(few: float, many: float) -> float:
-        slope = (many - few) / (sizes[1] - sizes[0])
-        return slope + (few - slope * sizes[0]) / batch_size
-
-    kernels = [
-        Kernel(
-            a.name,
-            law(a.distinct, b.distinct),
-            law(a.flops, b.flops),
-            law(a.requested or 0, b.requested or 0),
-        )
-        for a, b in zip(small.kernels, large.kernels, strict=True)
-    ]
-    return Count(kernels, law(small.saved, large.saved))
+def eager_counts(module: torch.nn.Module, inputs: list[Tensor]) -> tuple[Count, Count]:
+    """Forward and backward of a training module as PyTorch runs it op by op."""
+    return unrun_counts(module, inputs, AtenKernels)
 
 
 def per_image(count: Count, batch_size: int) -> Count:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.interpreted import Build
 from bench.models import one_block
 from bench.peers import timm_model
 from fastvitc.config import ViTConfig
@@ -18,8 +19,6 @@ from fastvitc.encoder import Block
 from fastvitc.engine import Normalize
 from fastvitc.kernels import attention, bn_relu
 from fastvitc.stems import create_stem
-
-Build = Callable[[int], tuple[nn.Module, list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -101,20 +100,22 @@ def stem_part(config: ViTConfig) -> Part:
         return torch.cat([module.token.expand(image.shape[0], -1, -1), tokens], 1) + module.positions
 
     def own(module: nn.Module, image: Tensor) -> Tensor:
-        return module.stem(module.normalize(image), module.token, module.positions)
+        return module.stem(image, module.token, module.positions)  # which normalises
 
     def build(
         function: Callable[..., Tensor], batch: int, **owned: nn.Module
     ) -> tuple[nn.Module, list[Tensor]]:
         token = nn.Parameter(torch.zeros(1, 1, config.width))
         positions = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        module = _Autocast(function, normalize=Normalize(), token=token, positions=positions, **owned)
+        module = _Autocast(function, token=token, positions=positions, **owned)
         image = torch.zeros(batch, *config.image_size, config.in_chans, dtype=torch.uint8)
         return module, [image.permute(0, 3, 1, 2)]
 
     return Part(
         lambda batch: build(own, batch, stem=create_stem(config.stem, config.in_chans, backend="triton")),
-        lambda batch: build(timm, batch, convolutions=timm_model(one_block(config)).patch_embed),
+        lambda batch: build(
+            timm, batch, normalize=Normalize(), convolutions=timm_model(one_block(config)).patch_embed
+        ),
         _least_stem(config),
     )
 

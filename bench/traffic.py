@@ -2,9 +2,10 @@
 
 `python -m bench.traffic [--quick] [--json F]` exits with 1 if a target is missed. No GPU is used and no time is taken.
 
-Ours: the loads and stores that Triton's interpreter runs, launched as on an H100 on two small batches, and the aten
-kernels around them. The affine law through the two (fixed bytes + bytes per image) gives the figures at a batch of 128;
-a launcher that splits its work by the batch may differ there. Eager and inductor are counted at a batch of 128.
+All figures are at a batch of 128. Ours: the loads and stores that Triton's interpreter runs on a small batch, launched
+as on an H100, and the aten kernels around them; then the same launches at the sizes that their launchers give them for
+128 images (see `bench.interpreted`). Requested bytes and FLOPs per image are those of the small batch. Eager and
+inductor are counted at 128 images.
 
 Distinct bytes count once per kernel that reads them and once per kernel that writes them: what must cross DRAM. That
 flatters eager, whose kernels count their inputs once also where they read them twice.
@@ -24,9 +25,9 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 from bench import parts
-from bench.counting import Count, Kernel, at_batch, eager_counts, per_image, training_counts
+from bench.counting import Count, Kernel, eager_counts, per_image
 from bench.inductor import inductor_counts
-from bench.interpreted import interpreted_kernels
+from bench.interpreted import triton_counts
 from fastvitc.config import ViTConfig, preset
 from fastvitc.kernels import availability
 
@@ -36,18 +37,17 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Op:
-    """What is counted, for which models, and on which two batches; `quick` are those of the quick run."""
+    """What is counted, for which models, and the batch that the interpreter runs."""
 
     part: Callable[[ViTConfig], parts.Part]
     models: tuple[str, ...]
-    batches: tuple[int, int]
-    quick: tuple[int, int]
+    interpreted: int
 
 
 OPS = {
-    "attention": Op(parts.attention_part, ("vitc_1gf", "vitc_4gf", "vitc_18gf", "vitc_36gf"), (1, 2), (1, 2)),
-    "bn_relu": Op(parts.bn_relu_part, ("vitc_1gf", "vitc_4gf", "vitc_18gf"), (4, 8), (1, 2)),
-    "conv_stem": Op(parts.stem_part, ("vitc_1gf", "vitc_4gf"), (2, 4), (1, 2)),
+    "attention": Op(parts.attention_part, ("vitc_1gf", "vitc_4gf", "vitc_18gf", "vitc_36gf"), 1),
+    "bn_relu": Op(parts.bn_relu_part, ("vitc_1gf", "vitc_4gf", "vitc_18gf"), 2),
+    "conv_stem": Op(parts.stem_part, ("vitc_1gf", "vitc_4gf"), 1),
 }
 
 
@@ -69,10 +69,9 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one op, per image: forward, backward, both, or a target on what is saved for backward.
+    """One contender of one op, per image at a batch of 128: forward, backward, both, or what is saved.
 
-    `batches` are those that were counted. Ours are at a batch of 128, `bytes_per_image` + `fixed_bytes` / 128. `ratio`
-    is that of ours to `to`.
+    `interpreted` is the batch that the interpreter ran. `ratio` is that of ours to `to`.
     """
 
     op: str
@@ -82,9 +81,7 @@ class Row:
     distinct_bytes_per_image: float | None
     requested_bytes_per_image: float | None
     saved_bytes_per_image: float | None
-    batches: tuple[int, ...] = ()
-    bytes_per_image: float | None = None
-    fixed_bytes: float | None = None
+    interpreted: int | None = None
     ratio: float | None = None
     to: str | None = None
     target: float | None = None
@@ -97,42 +94,32 @@ def _directions(forward: Count, backward: Count) -> dict[str, Count]:
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def _ours(part: parts.Part, sizes: tuple[int, int]) -> dict[str, dict]:
+def _ours(part: parts.Part, size: int) -> dict[str, dict]:
     """Direction → the fields of ours."""
-    small, large = (
-        _directions(*training_counts(*part.ours(size), lambda k: interpreted_kernels(k, ARCHITECTURE)))
-        for size in sizes
-    )
-    found = {}
-    for direction in small:
-        slope = (large[direction].distinct - small[direction].distinct) / (sizes[1] - sizes[0])
-        count = at_batch((small[direction], large[direction]), sizes, BATCH)
-        law = {"bytes_per_image": slope, "fixed_bytes": small[direction].distinct - slope * sizes[0]}
-        found[direction] = _fields(count, sizes) | law
-    return found
+    counts = _directions(*triton_counts(part.ours, ARCHITECTURE, size, BATCH))
+    return {direction: _fields(count) | {"interpreted": size} for direction, count in counts.items()}
 
 
 def _peer(part: parts.Part, counter: Callable[..., tuple[Count, Count]]) -> dict[str, dict]:
     counts = _directions(*counter(*part.peer(BATCH)))
     return {
-        direction: _fields(per_image(count, BATCH), (BATCH,)) | {"requested_bytes_per_image": None}
-        for direction, count in counts.items()
+        direction: _fields(count) | {"requested_bytes_per_image": None} for direction, count in counts.items()
     }
 
 
 def _least(part: parts.Part) -> dict[str, dict]:
-    counts = _directions(*(Count([Kernel("least", moved)]) for moved in part.least))
+    counts = _directions(*(Count([Kernel("least", moved * BATCH)]) for moved in part.least))
     return {
-        direction: _fields(count, ()) | {"saved_bytes_per_image": None} for direction, count in counts.items()
+        direction: _fields(count) | {"saved_bytes_per_image": None} for direction, count in counts.items()
     }
 
 
-def _fields(count: Count, batches: tuple[int, ...]) -> dict:
+def _fields(count: Count) -> dict:
+    count = per_image(count, BATCH)
     return {
         "distinct_bytes_per_image": count.distinct,
         "requested_bytes_per_image": count.requested,
         "saved_bytes_per_image": count.saved,
-        "batches": batches,
         "kernels": count.kernels,
     }
 
@@ -169,7 +156,7 @@ def rows(quick: bool) -> Iterator[Row]:
                 "eager": _peer(part, eager_counts),
             }
             if availability()[name].get("triton", "missing") is None:
-                contenders["ours"] = _ours(part, op.quick if quick else op.batches)
+                contenders["ours"] = _ours(part, op.interpreted)
             yield from _judged(name, model, contenders)
 
 
@@ -177,8 +164,6 @@ def _line(row: Row) -> str:
     figures = (row.distinct_bytes_per_image, row.requested_bytes_per_image, row.saved_bytes_per_image)
     cells = "".join("-".rjust(14) if f is None else f"{f / 1e6:14.4f}" for f in figures)
     line = f"{row.op:<10} {row.model:<10} {row.what:<9} {row.direction:<9}{cells}"
-    if row.fixed_bytes is not None:
-        line += f"  {row.bytes_per_image / 1e6:.4f} + {row.fixed_bytes / 1e6:.4f}/B, counted at {row.batches}"
     if row.ratio is not None:
         line += f"  {row.ratio:.3f}x {row.to}"
     if row.ok is not None:
@@ -188,7 +173,7 @@ def _line(row: Row) -> str:
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the 1GF model, smaller batches")
+    parser.add_argument("--quick", action="store_true", help="the 1GF model alone")
     parser.add_argument("--json", type=Path, help="also write the rows and their kernels here")
     options = parser.parse_args(args)
     print(f"MB per image, bf16, training, at a batch of {BATCH}; counted, not measured on a GPU")

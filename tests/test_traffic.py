@@ -13,17 +13,16 @@ from bench.counting import (
     AtenKernels,
     Count,
     Kernel,
-    at_batch,
     eager_counts,
     per_image,
     saved_for_backward,
     training_counts,
 )
 from bench.inductor import inductor_counts
-from bench.interpreted import interpreted_kernels, run_counted
+from bench.interpreted import interpreted_kernels, run_counted, triton_counts
 from bench.parts import attention_part, bn_relu_part, stem_part
 from fastvitc.config import preset
-from fastvitc.kernels._triton import INTERPRET
+from fastvitc.kernels._triton import INTERPRET, launch
 
 interpreted = pytest.mark.skipif(not INTERPRET, reason="counts in Triton's interpreter")
 
@@ -62,9 +61,9 @@ def _atomic(x):
 )
 def test_a_kernel_is_counted_to_the_byte(step, distinct, requested):
     x, y = torch.zeros(10), torch.zeros(10, dtype=torch.float16)
-    assert run_counted(_overlapping, (2,), x, y, 10, STEP=step) == Kernel(
-        "_overlapping", distinct, 0, requested
-    )
+    kernel = run_counted(_overlapping, (2,), x, y, 10, STEP=step)
+    assert (kernel.name, kernel.distinct, kernel.requested) == ("_overlapping", distinct, requested)
+    assert kernel.touched == ((distinct - 20) / 40, 1.0)
 
 
 @interpreted
@@ -80,7 +79,7 @@ def test_a_byte_that_is_read_and_written_counts_twice():
 @interpreted
 def test_a_dot_product_counts_two_operations_a_multiply_add():
     kernel = run_counted(_product, (1,), torch.zeros(16, 16), torch.zeros(16, 16))
-    assert kernel == Kernel("_product", 2 * 256 * 4, 2 * 16**3, 2 * 256 * 4)
+    assert (kernel.distinct, kernel.flops, kernel.requested) == (2 * 256 * 4, 2 * 16**3, 2 * 256 * 4)
 
 
 @interpreted
@@ -198,14 +197,35 @@ def test_the_least_a_stem_moves():
     assert stem_part(config).least == (image + 2 * z + tokens, image + 3 * z + tokens)
 
 
-def test_the_law_through_two_batches_gives_a_third():
-    counts = [Count([Kernel("k", 100 + 10 * b, 6 * b, 40 + 20 * b)], saved=8 + b) for b in (2, 4, 128)]
-    assert at_batch((counts[0], counts[1]), (2, 4), 128) == per_image(counts[2], 128)
+@interpreted
+@pytest.mark.parametrize(("part", "run", "planned"), [(attention_part, 1, 3), (bn_relu_part, 2, 24)])
+def test_a_batch_is_planned_as_it_runs(part, run, planned):
+    build = part(preset("vitc_nano")).ours
+    found = triton_counts(build, "sm_90", run, planned)
+    ran = training_counts(*build(planned), lambda kernels: interpreted_kernels(kernels, "sm_90"))
+    for a, b in zip(found, ran, strict=True):
+        assert (a.distinct, a.saved) == (pytest.approx(b.distinct), b.saved)
+        assert [kernel.name for kernel in a.kernels] == [kernel.name for kernel in b.kernels]
+        assert sum(k.flops for k in a.kernels) == sum(k.flops for k in b.kernels)
 
 
-def test_no_law_goes_through_batches_that_ran_different_kernels():
-    with pytest.raises(ValueError, match="batches of 2 and 4 run different kernels"):
-        at_batch((Count([Kernel("a", 1)]), Count([Kernel("b", 1)])), (2, 4), 128)
+@interpreted
+def test_a_kernel_that_was_not_run_cannot_be_planned():
+    class Doubled(nn.Module):
+        def forward(self, x):
+            if len(x) == 1:
+                launch(_product, (1,), x, x)
+            else:
+                launch(_overlapping, (1,), x, x, 8, STEP=8)
+            return x * 2
+
+    with pytest.raises(ValueError, match="_overlapping runs on the large batch only"):
+        triton_counts(lambda batch: (Doubled(), [torch.zeros(batch, 256, requires_grad=True)]), "sm_90", 1, 2)
+
+
+def test_a_count_is_shared_out_over_its_images():
+    count = Count([Kernel("k", 512.0, 256.0, 1024.0), Kernel("l", 128.0)], saved=64.0)
+    assert per_image(count, 128) == Count([Kernel("k", 4.0, 2.0, 8.0), Kernel("l", 1.0)], saved=0.5)
 
 
 @interpreted
