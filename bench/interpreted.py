@@ -29,33 +29,26 @@ class _Touched:
 
     def __init__(self, storages: list[torch.UntypedStorage]) -> None:
         storages = sorted((s for s in storages if s.nbytes()), key=lambda s: s.data_ptr())
-        self.order = [s.data_ptr() for s in storages]
-        self.starts = np.array(self.order, np.int64)
+        self.starts = np.array([s.data_ptr() for s in storages], np.int64)
         self.maps = [np.zeros(-(-s.nbytes() // 8) * 8, bool) for s in storages]
         self.requested = 0
 
     def touch(self, addresses: np.ndarray, size: int) -> None:
-        """Elements of `size` bytes at the addresses."""
+        """Elements of `size` bytes at the addresses, all in one storage."""
         if not addresses.size:
             return
         addresses = addresses.astype(np.int64)
         self.requested += addresses.size * size
-        first, last = self.starts.searchsorted((addresses.min(), addresses.max()), "right") - 1
-        for i in range(first, last + 1):
-            offsets = addresses - self.starts[i]
-            if first != last:
-                offsets = offsets[(offsets >= 0) & (addresses < self._end(i))]
-            words = self.maps[i].view(_WORDS[size])
-            words[offsets // size] = int.from_bytes(b"\x01" * size, "little")
-
-    def _end(self, i: int) -> int:
-        return int(self.starts[i]) + self.maps[i].size
+        i = int(self.starts.searchsorted(addresses.min(), "right")) - 1
+        if i < 0 or addresses.max() + size > self.starts[i] + self.maps[i].size:
+            raise IndexError("a kernel reaches outside its tensors")
+        words = self.maps[i].view(_WORDS[size])
+        words[(addresses - self.starts[i]) // size] = int.from_bytes(b"\x01" * size, "little")
 
     def bytes_of(self, storage: torch.UntypedStorage) -> int:
         """Bytes touched of one storage."""
-        if not storage.nbytes():
-            return 0
-        return int(np.count_nonzero(self.maps[self.order.index(storage.data_ptr())]))
+        found = np.flatnonzero(self.starts == storage.data_ptr())
+        return sum(int(np.count_nonzero(self.maps[i])) for i in found)
 
 
 @dataclass(frozen=True)

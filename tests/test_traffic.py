@@ -83,6 +83,14 @@ def test_a_dot_product_counts_two_operations_a_multiply_add():
 
 
 @interpreted
+@pytest.mark.parametrize("step", [8, -8])
+def test_an_access_outside_the_tensors_is_refused(step):
+    x, y = torch.zeros(10), torch.zeros(16)
+    with pytest.raises(Exception, match="a kernel reaches outside its tensors"):
+        run_counted(_overlapping, (2,), x, y, 16, STEP=step)
+
+
+@interpreted
 def test_an_atomic_is_refused_and_the_interpreter_left_as_it_was():
     before = dict(vars(InterpreterBuilder))
     with pytest.raises(Exception, match="atomics are not counted"):
