@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class _Watch:
     @contextmanager
     def watched(self) -> Iterator[None]:
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-        dot, atomic = InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw
+        dot = InterpreterBuilder.create_dot
 
         def counted_load(builder, pointers, mask, *rest, **options):
             self._touch(self.read, pointers, mask)
@@ -84,15 +85,15 @@ class _Watch:
         def refused(*_):
             raise NotImplementedError("atomics are not counted")
 
-        InterpreterBuilder.create_masked_load = counted_load
-        InterpreterBuilder.create_masked_store = counted_store
-        InterpreterBuilder.create_dot = counted_dot
-        InterpreterBuilder.create_atomic_rmw = refused
-        try:
+        with patch.multiple(
+            InterpreterBuilder,
+            create_masked_load=counted_load,
+            create_masked_store=counted_store,
+            create_dot=counted_dot,
+            create_atomic_rmw=refused,
+            create_atomic_cas=refused,
+        ):
             yield
-        finally:
-            InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-            InterpreterBuilder.create_dot, InterpreterBuilder.create_atomic_rmw = dot, atomic
 
     @staticmethod
     def _touch(touched: _Touched, pointers, mask) -> None:
