@@ -9,12 +9,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the active autocast dtype of its device, as PyTorch's own convolutions cast theirs."""
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The active autocast dtype of the tensor's device, as PyTorch's own convolutions choose theirs; else its own."""
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor in its `autocast_dtype`."""
+    return tensor.to(autocast_dtype(tensor))
 
 
 def check_triton(op: str, dtype: torch.dtype) -> None:

@@ -67,7 +67,10 @@ def test_a_step_compiles_as_one_graph_and_again_without_recompilation():
 def test_float64_is_refused_before_any_launch():
     qkv = torch.zeros(1, 4, 48, dtype=torch.float64, device=DEVICE)
     x, vector = torch.zeros(2, 3, 4, 4, dtype=torch.float64, device=DEVICE), torch.ones(3, device=DEVICE)
-    image, weight = torch.zeros(2, 3, 8, 8, dtype=torch.float64, device=DEVICE), torch.zeros(4, 3, 4, 4).double()
+    image, weight = (
+        torch.zeros(2, 3, 8, 8, dtype=torch.float64, device=DEVICE),
+        torch.zeros(4, 3, 4, 4).double(),
+    )
     calls = (
         lambda: attention(qkv, 1, backend="triton"),
         lambda: bn_relu(x, vector, vector, vector, vector, backend="triton"),

@@ -8,7 +8,13 @@ from torch.distributed import ProcessGroup
 
 from fastvitc.kernels._backend import Backends, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating, check_triton
+from fastvitc.kernels._dtype import (
+    accumulation_dtype,
+    autocast,
+    autocast_dtype,
+    check_floating,
+    check_triton,
+)
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.conv_stem import composed, library
 from fastvitc.kernels.conv_stem.stem import Stem
@@ -102,38 +108,20 @@ def conv_stem(
     if backend in ("torch", "bn_relu"):
         room = library if backend == "torch" else composed
         return room.conv_stem(image, stem, *running, class_token, pos_embed, training, momentum)
-    weights, proj_weight = [autocast(w) for w in conv_weights], autocast(proj_weight)
+    dtype = autocast_dtype(proj_weight)
     if backend == "triton":
-        check_triton("conv_stem", proj_weight.dtype)
+        check_triton("conv_stem", dtype)
     if pixel_scale is None:
         image = autocast(image)
-    if image.dtype not in (proj_weight.dtype, torch.uint8):
+    if image.dtype not in (dtype, torch.uint8):
         raise TypeError(
-            f"conv_stem: image and weights must have one dtype, got {image.dtype} and {proj_weight.dtype}; "
-            "cast one of them, or use autocast"
+            f"conv_stem: image and weights must have one dtype, got {image.dtype} and {dtype}; cast one of them, or "
+            "use autocast"
         )
-    differentiable = (
-        image,
-        *conv_weights,
-        *bn_weights,
-        *bn_biases,
-        proj_weight,
-        proj_bias,
-        class_token,
-        pos_embed,
-    )
+    differentiable = image, *stem.packed()[0], class_token, pos_embed
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    casted = stem._replace(conv_weights=weights, proj_weight=proj_weight, proj_bias=autocast(proj_bias))
-    tokens, _, vectors = _forward(
-        image,
-        *casted.packed(),
-        [*running_means, *running_vars],
-        class_token,
-        pos_embed,
-        training,
-        keep,
-        backend,
-    )
+    ends = class_token, pos_embed, training, keep, dtype, backend
+    tokens, _, vectors = _forward(image, *stem.packed(), [*running_means, *running_vars], *ends)
     if training:
         processes = group_size(stem.group)
         with torch.no_grad():
@@ -227,10 +215,14 @@ def _forward(
     pos_embed: Tensor | None,
     training: bool,
     keep: bool,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(tokens, zs, vectors); in evaluation without `keep` the lists are empty."""
-    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
+    """(tokens, zs, vectors); in evaluation without `keep` the lists are empty. Convolutions are in `dtype`.
+
+    The weights are cast in here, so that no copy of them is kept for the backward pass.
+    """
+    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group).computing_in(dtype)
     n = len(stem.conv_weights)
     statistics = None if training else list(zip(running[:n], running[n:], strict=True))
     room = _BACKENDS.room(backend)
@@ -239,7 +231,7 @@ def _forward(
             return room.infer(image, stem, statistics, class_token, pos_embed).contiguous(), [], []
         tokens, zs, vectors = room.forward(image, stem, statistics, class_token, pos_embed)
     zs = [z.contiguous(memory_format=torch.channels_last) for z in zs]
-    wide = accumulation_dtype(stem.proj_weight.dtype)
+    wide = accumulation_dtype(dtype)
     return tokens.contiguous(), zs, [v.to(wide) for v in vectors]
 
 
@@ -252,29 +244,27 @@ def _(
     paddings,
     eps,
     group,
-    running,
+    _,
     class_token,
     pos_embed,
     training,
     keep,
-    _,
+    dtype,
+    __,
 ):
     stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
-    like, batch, grids = stem.proj_weight, image.shape[0], stem.grids(*image.shape[2:])
-    dtype = like.dtype if pos_embed is None else torch.promote_types(like.dtype, pos_embed.dtype)
+    batch, grids = image.shape[0], stem.grids(*image.shape[2:])
     tokens = grids[-1][0] * grids[-1][1] + (class_token is not None)
-    out = like.new_empty(batch, tokens, like.shape[0], dtype=dtype)
+    out_dtype = dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
+    out = image.new_empty(batch, tokens, len(stem.proj_weight), dtype=out_dtype)
     if not training and not keep:
         return out, [], []
+    channels = [len(weight) for weight in stem.conv_weights]
     zs = [
-        torch.empty_like(like.new_empty(batch, len(w), *grid), memory_format=torch.channels_last)
-        for w, grid in zip(stem.conv_weights, grids, strict=False)
+        torch.empty_like(image.new_empty(batch, c, *grid, dtype=dtype), memory_format=torch.channels_last)
+        for c, grid in zip(channels, grids, strict=False)
     ]
-    return (
-        out,
-        zs,
-        [like.new_empty(4, len(w), dtype=accumulation_dtype(like.dtype)) for w in stem.conv_weights],
-    )
+    return out, zs, [image.new_empty(4, c, dtype=accumulation_dtype(dtype)) for c in channels]
 
 
 @torch.library.custom_op("fastvitc::conv_stem_backward", mutates_args=())
@@ -292,10 +282,11 @@ def _backward(
     training: bool,
     has_class_token: bool,
     need_dimage: bool,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """(dimage where it is needed, the gradients of `parameters`, dpos_embed)."""
-    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
+    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group).computing_in(dtype)
     with torch.autocast(image.device.type, enabled=False):
         dimage, dparameters, dpos_embed = _BACKENDS.room(backend).backward(
             dtokens, image, stem, zs, vectors, training, has_class_token, need_dimage
@@ -310,16 +301,17 @@ def _(
     image,
     parameters,
     pixels,
-    strides,
-    paddings,
-    eps,
+    s,
+    p,
+    e,
     group,
     zs,
     vectors,
     training,
     has,
     need_dimage,
-    _,
+    dtype,
+    backend,
 ):
     dpos_embed = dtokens.new_empty(1, *dtokens.shape[1:], dtype=accumulation_dtype(dtokens.dtype))
     return (
@@ -330,7 +322,10 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    image, parameters, pixels, *ctx.geometry, _, class_token, pos_embed, ctx.training, _, ctx.backend = inputs
+    image, parameters, pixels, *ctx.geometry, _, class_token, pos_embed, ctx.training, _, dtype, backend = (
+        inputs
+    )
+    ctx.choice = dtype, backend
     _, zs, vectors = output
     ctx.lengths = [len(part) for part in (parameters, pixels, zs, vectors)]
     ctx.class_dtype = None if class_token is None else class_token.dtype
@@ -343,7 +338,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, dtokens: Tensor | None, _dzs, _dvectors):
     """Gradients of the inputs of `_forward`."""
     if dtokens is None:
-        return None, [None] * ctx.lengths[0], [None] * ctx.lengths[1], *(None,) * 10
+        return None, [None] * ctx.lengths[0], [None] * ctx.lengths[1], *(None,) * 11
     image, *flat = ctx.saved_tensors
     parameters, pixels, zs, vectors = (list(part) for part in _split(flat, ctx.lengths))
     has_class_token = ctx.class_dtype is not None
@@ -358,7 +353,7 @@ def _autograd(ctx, dtokens: Tensor | None, _dzs, _dvectors):
         ctx.training,
         has_class_token,
         ctx.need_dimage,
-        ctx.backend,
+        *ctx.choice,
     )
     return (
         dimage[0] if ctx.need_dimage else None,
@@ -368,9 +363,7 @@ def _autograd(ctx, dtokens: Tensor | None, _dzs, _dvectors):
         [None] * (2 * len(zs)),
         dpos_embed[:, :1].to(ctx.class_dtype) if has_class_token else None,
         None if ctx.pos_dtype is None else dpos_embed.to(ctx.pos_dtype),
-        None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 

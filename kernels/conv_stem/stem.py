@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,14 @@ class Stem(NamedTuple):
             )
             sizes.append((height, width))
         return sizes
+
+    def computing_in(self, dtype: torch.dtype) -> "Stem":
+        """The stem with its convolutions in a dtype; BatchNorm keeps its own."""
+        return self._replace(
+            conv_weights=[weight.to(dtype) for weight in self.conv_weights],
+            proj_weight=self.proj_weight.to(dtype),
+            proj_bias=self.proj_bias.to(dtype),
+        )
 
     def packed(self) -> tuple[list[Tensor], list[Tensor], list[int], list[int], float, str]:
         """(parameters, pixel vectors, strides, paddings, eps, group): what `unpacked` takes, in an operator's types."""

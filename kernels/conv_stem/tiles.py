@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-_PROGRAMS = 512  # that a weight gradient is split into: two or three for each multiprocessor of a large GPU
-_LEAST_ROWS = 2048  # of a part of the weight gradient, which costs N·K floats of traffic
+_PROGRAMS = 256  # that a weight gradient is split into: what a GPU of 132 multiprocessors holds at once
+_LEAST_ROWS = 4096  # of a part of the weight gradient, which costs N·K floats of traffic
 
 
 class Tiles(NamedTuple):

@@ -320,7 +320,7 @@ def test_registration_passes_opcheck(backend, training, name):
     )
     parameters = [*(t for part in lists for t in part), proj_weight, proj_bias]
     geometry = [*case.strides, case.closing], [1] * len(case.strides) + [0], 1e-5, ""
-    ends = class_token, positions, training, True, backend
+    ends = class_token, positions, training, True, torch.float32, backend
     args = (image, parameters, [], *geometry, [*means, *variances], *ends)
     torch.library.opcheck(torch.ops.fastvitc.conv_stem.default, args)
 
