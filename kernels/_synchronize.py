@@ -41,8 +41,9 @@ def merged_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tupl
     if not group:
         return mean, var
     own = torch.cat([mean, var, torch.full_like(mean[:1], count)])
-    every = own.new_empty(group_size(group), len(own))
+    every = own.new_empty(group_size(group) * len(own))
     dist.all_gather_into_tensor(every, own, group=_resolve_process_group(group))
+    every = every.view(-1, len(own))
     torch._assert_async((every[:, -1] == count).all(), "processes with different numbers of values")
     means, variances = every[:, :-1].chunk(2, dim=1)
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)
