@@ -1,9 +1,15 @@
 """Attention on the GPU: forward with online softmax, backward without atomics, on the packed projection in place.
 
-B batch, T tokens, N heads, D head dim. Forward: one program per block of BM queries of one (image, head). Backward: one
-program per (image, head) and role: a block of keys, which makes dK and dV, or a block of queries, which makes dQ. Both
-roles recompute P from the row log-sum-exp; reads that they share come from the cache, so that what crosses DRAM is qkv,
-out, dout and lse once, and dqkv. Each element of the gradient is written by one program: results repeat bitwise.
+B batch, T tokens, N heads, D head dim. Forward: one program per block of BM queries of one (image, head). Backward, one
+launch in one of two forms, both of which recompute P from the row log-sum-exp:
+
+- resident, where a head's K, V and their gradients fit on chip: one program per (image, head) walks over the queries;
+- in roles, for everything else: one program per (image, head) and role, a block of keys, which makes dK and dV, or a
+  block of queries, which makes dQ. The scores are made twice, 7 products of matrices for 5; reads that the roles share
+  come from the cache.
+
+What crosses DRAM is qkv, out, dout and lse once, and dqkv. Each element of the gradient is written by one program:
+results repeat bitwise. Limit: keys past the last token are computed and masked, 256 for 197 tokens where resident.
 
 Not measured on a GPU.
 """
@@ -32,6 +38,8 @@ def forward_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
     """Sizes of the forward kernel: the largest that spill on no architecture."""
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 1) if head_dim <= 64 else Blocks(16, 16, 4, 1)
+    if head_dim <= 32:
+        return Blocks(128, 64, 8, 2)
     return Blocks(64, 64 if head_dim <= 64 else 32, 4, 2)
 
 
@@ -42,6 +50,13 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, architecture: str) -> Blo
     if head_dim > 64:
         return Blocks(32, 32, 4, 1)
     return Blocks(64, 64, 4, 1) if architecture in ("sm_90", "sm_100") else Blocks(64, 32, 4, 1)
+
+
+def resident_blocks(dtype: torch.dtype, head_dim: int, tokens: int, architecture: str) -> Blocks | None:
+    """Sizes of the resident backward kernel, None where it would spill registers."""
+    if architecture not in ("sm_90", "sm_100") or dtype == torch.float32 or head_dim > 64 or tokens > 256:
+        return None
+    return Blocks(32, max(32, triton.next_power_of_2(tokens)), 8, 1)
 
 
 @triton.jit
@@ -168,6 +183,54 @@ def _attention_bwd_kernel(
         _put(dqkv + packed, dq * scale, rows, columns, 3 * width, T, D, INTERPRET)
 
 
+@triton.jit
+def _attention_bwd_resident_kernel(
+    dout,  # (B, T, N, D)
+    qkv,  # (B, T, 3, N, D)
+    out,  # (B, T, N, D)
+    lse,  # (B, N, T) float32
+    dqkv,  # (B, T, 3, N, D)
+    T,
+    N,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    image, head = tl.program_id(0) // N, tl.program_id(0) % N
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    width = N * D
+    packed = image.to(tl.int64) * T * 3 * width + head * D
+    plain = image.to(tl.int64) * T * width + head * D
+    lse_base = lse + (image.to(tl.int64) * N + head) * T
+    columns = tl.arange(0, BD)
+    keys = tl.arange(0, BN)
+    k = _tile(qkv + packed + width, keys, columns, 3 * width, T, D, INTERPRET)  # (BN, BD)
+    v = _tile(qkv + packed + 2 * width, keys, columns, 3 * width, T, D, INTERPRET)
+    dk = tl.zeros((BN, BD), tl.float32)
+    dv = tl.zeros((BN, BD), tl.float32)
+    for start in range(0, T, BM):
+        rows = start + tl.arange(0, BM)
+        q = _tile(qkv + packed, rows, columns, 3 * width, T, D, INTERPRET)  # (BM, BD)
+        do = _tile(dout + plain, rows, columns, width, T, D, INTERPRET)
+        o = _tile(out + plain, rows, columns, width, T, D, INTERPRET)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        row_lse = tl.load(lse_base + rows, mask=rows < T, other=0.0)
+        # Past the end k = q = do = 0: p is not 0 there, but all that it is multiplied with is.
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # (BN, BM)
+        p = tl.exp2(scores - (row_lse * LOG2E)[None, :])
+        dv = tl.dot(rounded(p, dtype, INTERPRET), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = rounded(p * (dp - delta[None, :]), dtype, INTERPRET)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")  # (BM, BD)
+        _put(dqkv + packed, dq * scale, rows, columns, 3 * width, T, D, INTERPRET)
+    _put(dqkv + packed + width, dk * scale, keys, columns, 3 * width, T, D, INTERPRET)
+    _put(dqkv + packed + 2 * width, dv, keys, columns, 3 * width, T, D, INTERPRET)
+
+
 def forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, packed = qkv.shape
     head_dim = packed // (3 * num_heads)
@@ -194,22 +257,26 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int
     batch, tokens, packed = qkv.shape
     head_dim = packed // (3 * num_heads)
     dqkv = torch.empty_like(qkv)
-    blocks = backward_blocks(qkv.dtype, head_dim, architecture(qkv.device))
+    tensors = dout.contiguous(), qkv, out, lse, dqkv
+    sizes = {"D": head_dim, "BD": triton.next_power_of_2(head_dim)}
+    arch = architecture(qkv.device)
+    resident = resident_blocks(qkv.dtype, head_dim, tokens, arch)
+    if resident is not None:
+        grid = (batch * num_heads,)
+        launch(
+            _attention_bwd_resident_kernel,
+            grid,
+            *tensors,
+            tokens,
+            num_heads,
+            scale,
+            **sizes,
+            **vars(resident),
+        )
+        return dqkv
+    blocks = backward_blocks(qkv.dtype, head_dim, arch)
     key_blocks = triton.cdiv(tokens, blocks.BN)
-    launch(
-        _attention_bwd_kernel,
-        (key_blocks + triton.cdiv(tokens, blocks.BM), batch * num_heads),
-        dout.contiguous(),
-        qkv,
-        out,
-        lse,
-        dqkv,
-        tokens,
-        num_heads,
-        scale,
-        key_blocks,
-        D=head_dim,
-        BD=triton.next_power_of_2(head_dim),
-        **vars(blocks),
-    )
+    grid = key_blocks + triton.cdiv(tokens, blocks.BM), batch * num_heads
+    arguments = *tensors, tokens, num_heads, scale, key_blocks
+    launch(_attention_bwd_kernel, grid, *arguments, **sizes, **vars(blocks))
     return dqkv
