@@ -20,18 +20,3 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in its `autocast_dtype`."""
     return tensor.to(autocast_dtype(tensor))
-
-
-def check_triton(op: str, dtype: torch.dtype) -> None:
-    """Raise TypeError for a dtype that the Triton kernels do not compute in."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{op}: the triton backend takes float32, float16 or bfloat16, got {dtype}; use the backend reference"
-        )
-
-
-def check_floating(op: str, **tensors: Tensor) -> None:
-    """Raise TypeError for the first tensor that is not floating point."""
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")

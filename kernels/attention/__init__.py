@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fastvitc.kernels._backend import Backends, no_triton, resolve
-from fastvitc.kernels._dtype import accumulation_dtype, autocast, check_floating, check_triton
+from fastvitc.kernels._checks import check_floating, check_triton
+from fastvitc.kernels._dtype import accumulation_dtype, autocast
 from fastvitc.kernels.attention import library
 
 _BACKENDS = Backends(

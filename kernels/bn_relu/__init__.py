@@ -6,7 +6,8 @@ from torch.distributed import ProcessGroup
 
 from fastvitc.kernels._backend import Backends, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._dtype import accumulation_dtype, check_floating, check_triton
+from fastvitc.kernels._checks import check_device, check_floating, check_triton
+from fastvitc.kernels._dtype import accumulation_dtype
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.bn_relu import library
 
@@ -55,12 +56,13 @@ def bn_relu(
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: x is not four-dimensional, a per-channel vector has another length than C, or training is asked
-            of a single value per channel (its variance is not defined).
+        ValueError: tensors on different devices, x is not four-dimensional, a per-channel vector has another length
+            than C, or training is asked of a single value per channel (its variance is not defined).
         BackendUnavailable: an explicit backend that cannot run here.
     """
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     check_floating("bn_relu", x=x, **vectors)
+    check_device("bn_relu", "x", x, **vectors)
     if x.dim() != 4:
         raise ValueError(f"bn_relu: x must be (B, C, H, W), got {x.dim()} dimensions {tuple(x.shape)}")
     for name, vector in vectors.items():

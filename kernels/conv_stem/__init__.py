@@ -8,13 +8,8 @@ from torch.distributed import ProcessGroup
 
 from fastvitc.kernels._backend import Backends, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._dtype import (
-    accumulation_dtype,
-    autocast,
-    autocast_dtype,
-    check_floating,
-    check_triton,
-)
+from fastvitc.kernels._checks import check_device, check_floating, check_triton
+from fastvitc.kernels._dtype import accumulation_dtype, autocast, autocast_dtype
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.conv_stem import composed, library
 from fastvitc.kernels.conv_stem.stem import Stem
@@ -86,7 +81,8 @@ def conv_stem(
 
     Raises:
         TypeError: a tensor of a dtype that does not fit (a uint8 image without its normalisation).
-        ValueError: lists of different lengths, shapes that do not fit each other, an image that leaves no output.
+        ValueError: tensors on different devices, lists of different lengths, shapes that do not fit each other, an
+            image that leaves no output.
         BackendUnavailable: an explicit backend that cannot run here.
     """
     stem = Stem(
@@ -141,6 +137,13 @@ def _check(
             f"conv_stem: image must be (B, C, H, W), got {image.dim()} dimensions {tuple(image.shape)}"
         )
     _check_pixels(image, stem)
+    names = ("conv_weights", "bn_weights", "bn_biases", "running_means", "running_vars")
+    lists = {
+        f"{name}[{i}]": t for name, layer in zip(names, layers, strict=True) for i, t in enumerate(layer)
+    }
+    ends = {"class_token": class_token, "pos_embed": pos_embed, "proj_weight": stem.proj_weight}
+    pixels = {"proj_bias": stem.proj_bias, "pixel_scale": stem.pixel_scale, "pixel_shift": stem.pixel_shift}
+    check_device("conv_stem", "image", image, **lists, **ends, **pixels)
     check_floating("conv_stem", proj_weight=stem.proj_weight)
     lengths = [len(layer) for layer in layers] + [len(stem.strides) - 1, len(stem.paddings) - 1]
     if any(length != n for length in lengths):

@@ -1,4 +1,4 @@
-"""The backward pass with a head's K and V on chip, which the interpreter runs when told the name of a GPU that has room."""
+"""The backward pass with a head's K and V on chip, run by the interpreter under the name of a GPU that has room."""
 
 from functools import partial
 

@@ -152,6 +152,7 @@ def good():
         (0, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), TypeError, "x must be a floating-point"),
         (0, torch.zeros(2, 3), ValueError, r"\(B, C, H, W\)"),
         (3, torch.ones(4), ValueError, r"weight must be \(3,\)"),
+        (4, torch.zeros(3, device="meta"), ValueError, "bias is on meta and x on cpu"),
         (1, torch.zeros(1), ValueError, r"running_mean must be \(3,\)"),
         (0, torch.zeros(1, 3, 1, 1), ValueError, "more than one value per channel"),
     ],

@@ -362,6 +362,7 @@ def test_autocast_keeps_statistics_and_positions_in_float32(backend, training):
         ({"image": torch.zeros(2, 4, 16, 16)}, ValueError, r"convolution 0 needs a weight \(out, 4, k, k\)"),
         ({"strides": (2, 2)}, ValueError, "n \\+ 1"),
         ({"conv_weights": []}, ValueError, "need n entries"),
+        ({"proj_bias": torch.zeros(24, device="meta")}, ValueError, "proj_bias is on meta and image on cpu"),
         ({"proj_bias": torch.zeros(3)}, ValueError, r"vectors of convolution 2 must be \(24,\)"),
         ({"class_token": torch.zeros(1, 24)}, ValueError, "class_token must be"),
         (
