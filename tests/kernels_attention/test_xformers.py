@@ -9,6 +9,7 @@ import torch
 from oracle import outputs_and_gradients
 
 from fastvitc.kernels import BackendUnavailable, attention
+from fastvitc.kernels.attention import _BACKENDS
 
 ROOM = "fastvitc.kernels.attention.xformers"
 
@@ -62,8 +63,6 @@ def fmha(monkeypatch):
     for name, module in {"xformers": package, "xformers.ops": ops, "xformers.ops.fmha": fake}.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, ROOM, raising=False)
-    from fastvitc.kernels.attention import _BACKENDS
-
     monkeypatch.setitem(_BACKENDS.obstacle, "xformers", lambda device_type: None)
     yield fake
     sys.modules.pop(ROOM, None)
