@@ -75,7 +75,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     if scale is None:
         scale = head_dim**-0.5
     name = resolve("attention", backend, qkv.device.type, qkv.dtype)
-    if name not in ("torch", "triton", "reference"):
+    if name == "xformers" or library.KERNELS.get(name) is not None:
         gradient = torch.is_grad_enabled() and qkv.requires_grad
         name = _fitting(name, backend, qkv.device.type, qkv.dtype, head_dim, gradient)
     if name == "triton":
