@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastvitc.distributed import Process
 from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.kernels import Measured, candidates, chosen, measured, record
 from fastvitc.kernels.attention import _BACKENDS, library
+from fastvitc.kernels.conv_stem import _BACKENDS as conv_stem_backends
 from fastvitc.measure import Result, Setting, compare
 from fastvitc.settings import TrainSettings
 
@@ -25,9 +27,11 @@ SMALL = Setting("small", CONFIG, 4, torch.float32, CPU, compile=False)
 
 @pytest.fixture
 def two(monkeypatch):
-    """Two candidates of attention; without Triton's interpreter, which is slow."""
-    monkeypatch.setitem(_BACKENDS.obstacle, "triton", lambda device_type: "not in this test")
-    assert candidates()["attention"] == ["torch", "flash"]
+    """Two candidates of attention and one of the stem: without Triton's interpreter, which is slow."""
+    for backends in (_BACKENDS, conv_stem_backends):
+        for name in backends.obstacle.keys() & {"triton", "bn_relu"}:
+            monkeypatch.setitem(backends.obstacle, name, lambda device_type: "not in this test")
+    assert candidates() == {"attention": ["torch", "flash"], "bn_relu": ANY, "conv_stem": ["torch"]}
 
 
 @pytest.fixture
