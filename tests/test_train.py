@@ -286,7 +286,7 @@ def test_synthetic_images_need_no_disk(tmp_path):
         (["--model", "vitc_nan"], "did you mean vitc_nano"),
         (["--image-size", "30"], "multiples of the stem's stride 8"),
         (["--batch-size", "1000"], "make the batch smaller"),
-        (["--backend", "triton"], "has no backend 'triton'"),
+        (["--backend", "fast"], "has no backend 'fast'"),
         (["--backend", "attention=cudnn"], "cuDNN's attention needs an NVIDIA GPU"),
         (["--backend", "atention=torch"], "the op 'atention', which there is not"),
         (["--epochs", "0"], "--epochs must be at least 1"),
