@@ -58,6 +58,7 @@ setup(
             "fastvitc-train=fastvitc.train:cli",
             "fastvitc-evaluate=fastvitc.evaluate:cli",
             "fastvitc-info=fastvitc.info:cli",
+            "fastvitc-tune=fastvitc.tune:cli",
         ]
     },
     classifiers=[

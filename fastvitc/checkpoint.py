@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvitc.config import StemConfig, ViTConfig
 from fastvitc.errors import CheckpointError
 from fastvitc.files import write_atomically
+from fastvitc.kernels import Choice
 from fastvitc.model import VisionTransformer
 
 WEIGHTS, CONFIG, STATE = "model.safetensors", "config.json", "state.pt"
@@ -60,7 +61,7 @@ def _model_config(entry: dict[str, Any]) -> ViTConfig:
     return ViTConfig(**{**entry, "stem": stem, "image_size": tuple(entry["image_size"])})
 
 
-def load_model(folder: str | Path, *, backend: str = "auto") -> VisionTransformer:
+def load_model(folder: str | Path, *, backend: Choice = "auto") -> VisionTransformer:
     """The model that `save_model` wrote, in evaluation mode on the CPU.
 
     Raises:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,13 @@ class Process:
         if self.sum(torch.tensor(float(error is not None), device=self.device)).item():
             raise error or FastvitcError("the main process failed; its message says why")
         return result
+
+    def share(self, value: T | None) -> T:
+        """The main process's value, on every process; others give None."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return cast(T, values[0])
 
 
 def pick_device(requested: str) -> torch.device:

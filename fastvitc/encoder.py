@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvitc.errors import UsageError
-from fastvitc.kernels import attention
+from fastvitc.kernels import Choice, attention, requested
 
 
 class Attention(nn.Module):
@@ -16,12 +16,12 @@ class Attention(nn.Module):
         backend: passed to `fastvitc.kernels.attention`.
     """
 
-    def __init__(self, width: int, heads: int, *, backend: str = "auto") -> None:
+    def __init__(self, width: int, heads: int, *, backend: Choice = "auto") -> None:
         super().__init__()
         if width % heads:
             raise UsageError(f"heads must divide width, got width={width} and heads={heads}")
         self.heads = heads
-        self.backend = backend
+        self.backend = requested("attention", backend)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.qkv.weight)
@@ -73,7 +73,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: x + Attention(LN x), then x + Mlp(LN x) (Dosovitskiy et al. 2021, equations 2, 3)."""
 
     def __init__(
-        self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0, *, backend: str = "auto"
+        self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0, *, backend: Choice = "auto"
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)

@@ -15,6 +15,9 @@ from fastvitc.mix import mix_images
 from fastvitc.model import VisionTransformer
 from fastvitc.stems import IMAGENET_MEAN, IMAGENET_STD
 
+#: The dtype of autocast by the name of a setting; float32 turns it off.
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made in this process; constant once everything has run."""

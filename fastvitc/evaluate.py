@@ -14,7 +14,7 @@ from fastvitc.command import parse, run_command
 from fastvitc.config import as_size
 from fastvitc.data import create_loader, digits_folder, index_split
 from fastvitc.distributed import Process, pick_device
-from fastvitc.engine import Accuracy, Evaluator
+from fastvitc.engine import PRECISIONS, Accuracy, Evaluator
 from fastvitc.errors import UsageError
 from fastvitc.kernels import chosen
 from fastvitc.model import VisionTransformer, create_model
@@ -47,7 +47,7 @@ class EvaluateSettings:
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
     """Images per batch."""
     backend: str = "auto"
-    """Implementation of the ops, see fastvitc-info."""
+    """Implementation of the ops, see fastvitc-info: one name, or op=name,op=name."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -88,7 +88,8 @@ def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...]
 def evaluate(settings: EvaluateSettings) -> Accuracy:
     """Evaluate as the settings say, every image once."""
     process = Process(0, 1, pick_device(settings.device))
-    chosen(process.device, settings.backend)
+    dtype = PRECISIONS[settings.precision]
+    chosen(process.device, settings.backend, dtype)
     model, classes, crop_ratio = load(settings)
     index = index_split(settings.data_dir if settings.data_dir is not None else digits_folder())
     if classes is not None and classes != index.classes:
@@ -110,7 +111,6 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
         workers=settings.workers,
         crop_ratio=crop_ratio if settings.crop_ratio is None else settings.crop_ratio,
     )
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = model.to(process.device, memory_format=torch.channels_last)
     evaluator = Evaluator(
         model, process, dtype=dtype, batch_size=settings.batch_size, compile=settings.compile

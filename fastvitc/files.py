@@ -1,8 +1,16 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the folder for what can be made again."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$FASTVITC_CACHE`, else `$XDG_CACHE_HOME/fastvitc`, else `~/.cache/fastvitc`; it need not exist yet."""
+    own, shared = os.environ.get("FASTVITC_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own)
+    return (Path(shared) if shared else Path.home() / ".cache") / "fastvitc"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

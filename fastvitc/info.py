@@ -10,7 +10,7 @@ from fastvitc.command import parse, run_command
 from fastvitc.complexity import complexity
 from fastvitc.config import list_models, preset
 from fastvitc.distributed import pick_device
-from fastvitc.kernels import availability, chosen
+from fastvitc.kernels import availability, chosen, measured
 from fastvitc.machine import describe, versions
 
 PROGRAM = "fastvitc-info"
@@ -36,7 +36,7 @@ def report(settings: InfoSettings) -> str:
     picks = chosen(device)
     for op, backends in availability(device).items():
         states = (f"{name} ({'ok' if reason is None else reason})" for name, reason in backends.items())
-        lines.append(f"  {op}: auto takes {picks[op]}; {', '.join(states)}")
+        lines.append(f"  {op}: auto takes {picks[op]} ({_why(op, picks[op], device)}); {', '.join(states)}")
     lines += ["", "models; FLOPs are multiply-adds and bias additions of one image"]
     lines.append(f"  {'name':<12} {'pixels':>9} {'parameters':>12} {'GFLOPs':>8} {'M acts':>8}")
     for name in list_models():
@@ -46,6 +46,19 @@ def report(settings: InfoSettings) -> str:
             f"{counts.acts / 1e6:>8.3f}"
         )
     return "\n".join(lines)
+
+
+def _why(op: str, backend: str, device: torch.device) -> str:
+    """Where auto's choice comes from."""
+    known = measured(device).get(op)
+    if known is None or known.backend != backend:
+        return "the first of the order; not measured"
+    height, width = known.subject["image_size"]
+    times = [f"{name} {ms:.3f} ms" for name, ms in known.milliseconds.items() if ms is not None]
+    return (
+        f"measured in {known.subject['dtype']} on {known.subject['model']}, batch {known.subject['batch_size']}, "
+        f"{height}x{width}: {', '.join(times) or 'the only one'}"
+    )
 
 
 def main() -> None:

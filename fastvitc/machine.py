@@ -5,9 +5,10 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
+
+from fastvitc.kernels import cpu_name
 
 #: Dense bfloat16 and float16 peaks in floating-point operations (a multiply-add is two) per second, vendor data sheets,
 #: by the device's own name.
@@ -26,12 +27,7 @@ _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 def processor() -> str:
     """The CPU's name with its core count, and the matrix and vector units PyTorch sees."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        name = next((v.strip() for k, v in fields.items() if k.strip() == "model name"), name)
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def describe(device: torch.device) -> str:

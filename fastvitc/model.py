@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvitc.config import ViTConfig, as_size, preset
 from fastvitc.encoder import Block
+from fastvitc.kernels import Choice
 from fastvitc.stems import create_stem
 
 
@@ -18,13 +19,16 @@ class VisionTransformer(nn.Module):
 
     Args:
         config: sizes, stem and pooling.
-        backend: implementation of the ops, see `fastvitc.kernels`; "auto" takes the first of each op's that runs here.
+        backend: implementation of the ops: one name for all, or {op: name} with "auto" for the ops left out; "auto"
+            takes the one measured fastest on the device, else the first in the op's order that runs there.
         grad_checkpointing: keep only each block's input for backward and recompute the rest.
 
     The head starts at zero, as in the paper's code: a new model's logits are all zero.
     """
 
-    def __init__(self, config: ViTConfig, *, backend: str = "auto", grad_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ViTConfig, *, backend: Choice = "auto", grad_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpointing = grad_checkpointing
@@ -111,7 +115,7 @@ def create_model(
     in_chans: int = 3,
     pool: str = "token",
     drop_path: float = 0.0,
-    backend: str = "auto",
+    backend: Choice = "auto",
     grad_checkpointing: bool = False,
 ) -> VisionTransformer:
     """A freshly initialised model of a preset.
@@ -124,11 +128,12 @@ def create_model(
         in_chans: channels of the image.
         pool: "token" reads the class token, "mean" averages the tokens (there is no class token then).
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
-        backend: implementation of the ops, see `fastvitc.kernels`.
+        backend: implementation of the ops: one name for all, or {op: name}; see `VisionTransformer`.
         grad_checkpointing: trade compute for memory in training.
 
     Raises:
-        UsageError: an unknown name (the nearest are named) or a size that does not fit.
+        UsageError: an unknown name (the nearest are named) a size that does not fit, or backends of
+            unknown ops.
     """
     base = preset(name)
     config = replace(

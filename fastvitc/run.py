@@ -17,6 +17,7 @@ from fastvitc.distributed import Process
 from fastvitc.engine import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    PRECISIONS,
     Accuracy,
     Evaluator,
     TrainStep,
@@ -53,8 +54,8 @@ class Run:
         state: dict[str, Any] | None = None,
     ) -> None:
         self.settings, self.process, self.classes = settings, process, train.classes
-        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.precision]
-        self.backends = chosen(process.device, settings.backend)
+        self.dtype = PRECISIONS[settings.precision]
+        self.backends = chosen(process.device, settings.backend, self.dtype)
         torch.manual_seed(settings.seed)
         self.model = create_model(
             settings.model,
@@ -62,9 +63,11 @@ class Run:
             image_size=settings.size(),
             pool=settings.pool,
             drop_path=settings.drop_path,
-            backend=settings.backend,
+            backend=self.backends,
             grad_checkpointing=settings.grad_checkpointing,
         ).to(process.device, memory_format=torch.channels_last)
+        if settings.compile:
+            self._try_ops()
         self.train_loader, self.val_loader = self._loader(train, True), self._loader(val, False)
         self.steps = len(self.train_loader) // settings.grad_accum_steps
         if self.steps == 0:
@@ -125,6 +128,14 @@ class Run:
         if reporter is not None and folder is not None:
             reporter.line(f"best validation top-1: {self.best:.2f}%; curves: {folder / 'curves.png'}")
         return self.best
+
+    def _try_ops(self) -> None:
+        """One image outside torch.compile, which would wrap a backend's refusal of it in an error of its own."""
+        config, device = self.model.config, self.process.device
+        image = torch.zeros(1, config.in_chans, *config.image_size, device=device)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            self.model.eval()(image.contiguous(memory_format=torch.channels_last))
+        self.model.train()
 
     def _loader(self, index: ImageIndex, training: bool) -> Loader:
         s, process = self.settings, self.process

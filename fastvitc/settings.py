@@ -46,7 +46,8 @@ class TrainSettings:
     drop_path: float = 0.0
     """Stochastic depth in the last block, rising linearly from the first."""
     backend: str = "auto"
-    """Implementation of the ops, see fastvitc-info."""
+    """Implementation of the ops, see fastvitc-info: one name, or op=name,op=name. auto: the measured one; on a GPU that
+    has not been measured, measure first."""
     grad_checkpointing: bool = False
     """Trade compute for memory."""
 
@@ -101,7 +102,8 @@ class TrainSettings:
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder of the run; by default runs/<model>-<date>-<time>."""
     resume: str | None = None
-    """Continue a run in its folder, with its settings; those of length, data folder and machine may be given anew."""
+    """Continue a run in its folder, with its settings and backends; those of length, data folder and machine may be
+    given anew."""
     log_every: int = 50
     """Steps between log points (the only ones that wait for the device)."""
     peak_tflops: float | None = None
@@ -190,6 +192,7 @@ _MAY_CHANGE = {
     "data_dir",
     "workers",
     "device",
+    "backend",
     "compile",
     "log_every",
     "peak_tflops",

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvitc.config import StemConfig
-from fastvitc.kernels import conv_stem
+from fastvitc.kernels import Choice, conv_stem, requested
 
 #: Channel means and standard deviations of ImageNet in units of a pixel value from 0 to 1.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,10 +27,10 @@ class ConvStem(nn.Module):
         backend: passed to `fastvitc.kernels.conv_stem`.
     """
 
-    def __init__(self, config: StemConfig, in_chans: int = 3, *, backend: str = "auto") -> None:
+    def __init__(self, config: StemConfig, in_chans: int = 3, *, backend: Choice = "auto") -> None:
         super().__init__()
         self.config = config
-        self.backend = backend
+        self.backend = requested("conv_stem", backend)
         pairs = pairwise((in_chans, *config.channels))
         sizes = list(zip(pairs, config.kernels, config.strides, config.paddings, strict=True))
         self.convs = nn.ModuleList(nn.Conv2d(*io, *size, bias=False) for io, *size in sizes[:-1])
@@ -110,7 +110,7 @@ class PatchifyStem(ConvStem):
         nn.init.zeros_(self.proj.bias)
 
 
-def create_stem(config: StemConfig, in_chans: int = 3, *, backend: str = "auto") -> ConvStem:
+def create_stem(config: StemConfig, in_chans: int = 3, *, backend: Choice = "auto") -> ConvStem:
     """The stem module of a configuration."""
     cls = ConvStem if config.kind == "conv" else PatchifyStem
     return cls(config, in_chans, backend=backend)

@@ -16,12 +16,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastvitc.checkpoint import STATE, load_state, state_file
 from fastvitc.command import parse, run_command
+from fastvitc.config import preset
 from fastvitc.data import ImageIndex, digits_folder, index_folder, synthetic_index
-from fastvitc.distributed import process_group
+from fastvitc.distributed import Process, process_group
+from fastvitc.engine import PRECISIONS
 from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.files import write_atomically
+from fastvitc.kernels import BackendUnavailable, chosen
+from fastvitc.machine import describe
+from fastvitc.measure import Setting
 from fastvitc.run import start
 from fastvitc.settings import Recipe, TrainSettings, recipe_settings
+from fastvitc.tune import measures_at_start, table, tune, unmeasured
 
 PROGRAM = "fastvitc-train"
 
@@ -88,13 +94,59 @@ def output_folder(settings: TrainSettings) -> Path:
     return folder
 
 
+def with_backends(settings: TrainSettings, process: Process) -> TrainSettings:
+    """The settings with a backend named for every op, equal on all processes.
+
+    What auto takes is measured first where there is no measurement and `measures_at_start` says so.
+
+    Raises:
+        BackendUnavailable, UsageError: a backend that was asked for, or that the resumed run had, cannot run here.
+    """
+    dtype = PRECISIONS[settings.precision]
+    try:
+        chosen(process.device, settings.backend, dtype)
+    except BackendUnavailable as error:
+        if settings.resume is None:
+            raise
+        raise UsageError(
+            f"{error}. To go on with other backends than the run's, pass --backend auto"
+        ) from error
+
+    def choose() -> dict[str, str]:
+        if measures_at_start(process.device) and unmeasured(process.device, dtype, settings.backend):
+            _measure(settings, process.device)
+        return chosen(process.device, settings.backend, dtype)
+
+    picked = process.share(process.agree(choose))
+    return replace(settings, backend=",".join(f"{op}={name}" for op, name in picked.items()))
+
+
+def _measure(settings: TrainSettings, device: torch.device) -> None:
+    """Measure the ops on the run's own shapes; a failure is a line in the log, and the fixed order holds."""
+    config, size = preset(settings.model), settings.size()
+    config = replace(config, pool=settings.pool, image_size=size or config.image_size)
+    print(
+        f"measuring the backends of the ops on {describe(device)}, once for this device and these versions; "
+        "fastvitc-tune measures again",
+        flush=True,
+    )
+    dtype = PRECISIONS[settings.precision]
+    try:
+        results = tune(Setting(settings.model, config, settings.batch_size, dtype, device, settings.compile))
+        print(table(results), flush=True)
+    except FastvitcError as error:
+        print(f"not measured: {error}; auto takes the fixed order", flush=True)
+
+
 def train(settings: TrainSettings) -> Path | None:
     """Train as the settings say; return the run's folder on the main process."""
     settings.check()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with process_group(settings.device) as process:
-        run = start(settings, process, *find_images(settings))
+        images = find_images(settings)
+        settings = with_backends(settings, process)
+        run = start(settings, process, *images)
         folder = process.agree(lambda: output_folder(settings))
         if folder is not None:
             text = yaml.safe_dump(settings.to_dict(), sort_keys=False)

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the table of backends, and the one rule that chooses among them.
 
-An explicit backend is used or raises `BackendUnavailable`; it never falls back. `backend="auto"` takes the first
-backend in the op's order for the device that is available here.
+An explicit backend is used or raises `BackendUnavailable`; it never falls back. `backend="auto"` takes the backend that
+`fastvitc-tune` measured fastest on the device where that can run, else the first in the op's order that can.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,12 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+
+from fastvitc.errors import UsageError
+from fastvitc.kernels._choices import measured
+
+#: A backend for every op, or {op: backend} with "auto" for the ops left out, also as text: "op=backend,op=backend".
+Choice = str | Mapping[str, str]
 
 
 class BackendUnavailable(RuntimeError):
@@ -46,19 +52,28 @@ class Backends:
         check = self.obstacle.get(backend)
         return check(device_type) if check else None
 
-    def resolve(self, requested: str, device_type: str) -> str:
-        """The name of the backend to run for a request on a device; BackendUnavailable when there is none."""
+    def usable(self, device_type: str) -> list[str]:
+        """The backends that can run on `device_type`, the preferred ones first."""
+        order = self.order.get(device_type, self.order["default"])
+        return [b for b in dict.fromkeys((*order, *self.rooms)) if self.why_not(b, device_type) is None]
+
+    def resolve(self, requested: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+        """The name of the backend to run for a request on a device; BackendUnavailable when there is none.
+
+        `dtype` is that of the op's arithmetic; without one, auto takes what was last measured in any.
+        """
         if requested != "auto":
-            reason = self.why_not(requested, device_type)
+            reason = self.why_not(requested, device.type)
             if reason is not None:
-                usable = [b for b in self.rooms if self.why_not(b, device_type) is None]
                 raise BackendUnavailable(
-                    f"{self.op}: backend {requested!r} is not available on {device_type}: {reason}; "
-                    f"usable here: auto, {', '.join(usable)}"
+                    f"{self.op}: backend {requested!r} is not available on {device.type}: {reason}; "
+                    f"usable here: auto, {', '.join(self.usable(device.type))}"
                 )
             return requested
-        order = self.order.get(device_type, self.order["default"])
-        return next(b for b in order if self.why_not(b, device_type) is None)
+        fastest = measured(device, dtype).get(self.op)
+        if fastest is not None and self.why_not(fastest.backend, device.type) is None:
+            return fastest.backend
+        return self.usable(device.type)[0]
 
 
 def no_triton(device_type: str) -> str | None:
@@ -77,16 +92,56 @@ def no_triton(device_type: str) -> str | None:
 _OPS: dict[str, Backends] = {}
 
 
+def requested(op: str, backend: Choice) -> str:
+    """The backend that a choice names for one op.
+
+    Raises:
+        UsageError: the choice is neither a name nor {op: name}, or names an op that there is not.
+    """
+    if isinstance(backend, str):
+        if "=" not in backend:
+            return backend
+        parts = (part.partition("=") for part in backend.split(","))
+        backend = {name.strip(): choice.strip() for name, _, choice in parts}
+    if not isinstance(backend, Mapping) or not all(isinstance(name, str) for name in backend.values()):
+        raise UsageError(f"backend must be a name or a mapping {{op: name}}, got {backend!r}")
+    unknown = [name for name in backend if name not in _OPS]
+    if unknown:
+        raise UsageError(
+            f"backend names the op {unknown[0]!r}, which there is not; the ops are {', '.join(_OPS)}"
+        )
+    return backend.get(op, "auto")
+
+
 @torch.compiler.assume_constant_result
-def resolve(op: str, requested: str, device_type: str) -> str:
-    """`Backends.resolve` by the op's name; a constant to torch.compile."""
-    return _OPS[op].resolve(requested, device_type)
+def resolve(op: str, backend: Choice, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """`Backends.resolve` by the op's name, on the current device of a type; a constant to torch.compile."""
+    return _OPS[op].resolve(requested(op, backend), torch.device(device_type), dtype)
 
 
-def chosen(device: str | torch.device = "cpu", backend: str = "auto") -> dict[str, str]:
-    """The backend that each op takes on a device: {op: backend}; BackendUnavailable where an op cannot run as asked."""
+def chosen(
+    device: str | torch.device = "cpu", backend: Choice = "auto", dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """The backend that each op takes on a device: {op: backend}.
+
+    Args:
+        device: whose backends.
+        backend: one name for every op, or {op: name} with "auto" for the ops left out, or that as text
+            "op=name,op=name".
+        dtype: of the ops' arithmetic; without one, auto takes what was last measured in any.
+
+    Raises:
+        BackendUnavailable: an op cannot run as asked.
+        UsageError: the mapping names an op that there is not.
+    """
+    place = torch.device(device)
+    return {name: op.resolve(requested(name, backend), place, dtype) for name, op in _OPS.items()}
+
+
+def candidates(device: str | torch.device = "cpu") -> dict[str, list[str]]:
+    """{op: the backends to choose among on the device, the preferred ones first}; the reference is none of them."""
     kind = torch.device(device).type
-    return {name: op.resolve(backend, kind) for name, op in _OPS.items()}
+    return {name: [b for b in op.usable(kind) if b != "reference"] for name, op in _OPS.items()}
 
 
 def availability(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from fastvitc.kernels._backend import BackendUnavailable, no_triton, resolve
+from fastvitc.kernels._backend import BackendUnavailable, Choice, no_triton, requested, resolve
 
 
 @torch.compiler.assume_constant_result
@@ -24,15 +24,15 @@ def group_size(group: str) -> int:
 
 
 @torch.compiler.assume_constant_result
-def synchronizing(op: str, requested: str, device_type: str) -> str:
+def synchronizing(op: str, backend: Choice, device_type: str, dtype: torch.dtype | None = None) -> str:
     """The backend that a request takes where statistics are shared: `torch` cannot, so `auto` passes over it."""
-    if requested == "torch":
+    if requested(op, backend) == "torch":
         raise BackendUnavailable(
             f"{op}: backend 'torch' does not share statistics over processes; usable: auto, triton, reference"
         )
-    backend = resolve(op, requested, device_type)
-    if backend != "torch":
-        return backend
+    name = resolve(op, backend, device_type, dtype)
+    if name != "torch":
+        return name
     return "reference" if no_triton(device_type) else "triton"
 
 

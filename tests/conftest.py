@@ -17,6 +17,17 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """An empty cache folder: what was measured on this machine changes no test."""
+    from fastvitc.kernels import _choices
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FASTVITC_CACHE", str(folder))
+    monkeypatch.setattr(_choices, "_known", {})
+    return folder
+
+
 @pytest.fixture
 def nan_memory():
     """Uninitialised memory is NaN, so that a result that reads it cannot look right."""

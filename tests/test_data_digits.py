@@ -94,7 +94,8 @@ def test_callers_that_ask_at_once_get_the_same_whole_folder(tmp_path, folder):
 
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch, variable):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name in ("FASTVITC_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
     monkeypatch.setattr(digits, "_write", lambda unfinished: unfinished.mkdir())
     cache = tmp_path if variable == "XDG_CACHE_HOME" else tmp_path / ".cache"
@@ -103,5 +104,5 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch, variable
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write the digits to .*file/digits .*set XDG_CACHE_HOME"):
+    with pytest.raises(DataError, match=r"cannot write the digits to .*file/digits .*set FASTVITC_CACHE"):
         digits_folder(tmp_path / "file")

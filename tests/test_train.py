@@ -17,6 +17,8 @@ from fastvitc import evaluate as evaluate_program
 from fastvitc import train as train_program
 from fastvitc.checkpoint import load_model, load_state
 from fastvitc.data import digits_folder
+from fastvitc.kernels import Measured, record
+from fastvitc.kernels.attention import library
 from fastvitc.reporting import read_summary
 from fastvitc.run import Run
 
@@ -92,7 +94,9 @@ def test_a_run_leaves_weights_curves_summary_settings_and_state(finished):
     assert config["classes"] == ["0", "1", "2"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [row.epoch for row in read_summary(folder / "summary.csv")] == [1, 2]
-    assert yaml.safe_load((folder / "args.yaml").read_text())["batch_size"] == 16
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["batch_size"] == 16
+    assert args["backend"] == "attention=torch,bn_relu=torch,conv_stem=torch"
     assert load_state(folder)["epoch"] == 2
     assert list((folder / "tensorboard").iterdir())
 
@@ -154,6 +158,35 @@ def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypa
     train_program.train(train_program.read_settings(["--resume", str(interrupted)]))
     assert weights_hash(interrupted) == weights_hash(whole)
     assert [row.epoch for row in read_summary(interrupted / "summary.csv")] == [1, 2, 3]
+
+
+def test_a_resumed_run_keeps_its_backends_unless_told_to_choose_anew(few_digits, tmp_path):
+    def measured_fastest(name):
+        record(torch.device("cpu"), torch.bfloat16, {"attention": Measured(name, {name: 1.0}, {})})
+
+    def backend_after(*args):
+        train_program.train(train_program.read_settings([*map(str, args)]))
+        state = load_state(tmp_path / "run")
+        assert state["settings"]["backend"].startswith(f"attention={state['backends']['attention']},")
+        return state["backends"]["attention"]
+
+    measured_fastest("flash")
+    begin = ["--data-dir", few_digits, "--model", "vitc_nano", *SMALL, "--epochs", 1, "-o", tmp_path / "run"]
+    assert backend_after(*begin) == "flash"
+    measured_fastest("torch")
+    resume = ["--resume", tmp_path / "run", "--epochs"]
+    assert backend_after(*resume, 2) == "flash"
+    assert backend_after(*resume, 3, "--backend", "auto") == "torch"
+
+
+def test_a_backend_that_does_not_take_the_runs_dtype_ends_in_one_message(
+    few_digits, tmp_path, ends, monkeypatch
+):
+    monkeypatch.setattr(library, "unfit", lambda *args: f"it does not take {args[2]}")
+    always = ["--data-dir", few_digits, "--model", "vitc_nano", *SMALL, "-o", tmp_path / "run", "--compile"]
+    code, message = ends(train_program, *always, "--precision", "fp32", "--backend", "attention=flash")
+    assert code == 2
+    assert "backend 'flash' cannot run: it does not take torch.float32; use the backend torch" in message
 
 
 _COMPARE = """
@@ -253,7 +286,9 @@ def test_synthetic_images_need_no_disk(tmp_path):
         (["--model", "vitc_nan"], "did you mean vitc_nano"),
         (["--image-size", "30"], "multiples of the stem's stride 8"),
         (["--batch-size", "1000"], "make the batch smaller"),
-        (["--backend", "triton"], "has no backend 'triton'"),
+        (["--backend", "fast"], "has no backend 'fast'"),
+        (["--backend", "attention=cudnn"], "cuDNN's attention needs an NVIDIA GPU"),
+        (["--backend", "atention=torch"], "the op 'atention', which there is not"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--smoothing", "2"], "--smoothing must be from 0 to 1"),
         (["--recipe", "best"], "invalid choice"),

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fastvitc.errors import DataError
+from fastvitc.files import cache_folder
 
 SIDE = 32
 _VAL_EVERY = 5
@@ -21,12 +22,12 @@ def digits_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     in `val`. The folder is complete or absent, also after an interruption or when several processes ask at once.
 
     Args:
-        cache_dir: where to keep it; by default `$XDG_CACHE_HOME/fastvitc` or `~/.cache/fastvitc`.
+        cache_dir: where to keep it; by default `fastvitc.files.cache_folder()`.
 
     Raises:
         DataError: the cache cannot be written.
     """
-    cache = Path(cache_dir) if cache_dir is not None else _default_cache()
+    cache = Path(cache_dir) if cache_dir is not None else cache_folder()
     folder = cache / "digits"
     if folder.is_dir():
         return folder
@@ -43,15 +44,10 @@ def digits_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
             shutil.rmtree(unfinished)
     except OSError as error:
         raise DataError(
-            f"cannot write the digits to {folder} ({error}); set XDG_CACHE_HOME to a writable folder, "
+            f"cannot write the digits to {folder} ({error}); set FASTVITC_CACHE to a writable folder, "
             "or give a data folder of your own"
         ) from error
     return folder
-
-
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastvitc"
 
 
 def _write(folder: Path) -> None:

@@ -1,22 +1,43 @@
 """Multi-head self-attention on the packed projection."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._backend import Backends, no_triton, resolve
+from fastvitc.kernels._backend import Backends, BackendUnavailable, Choice, no_triton, requested, resolve
 from fastvitc.kernels._checks import check_floating, check_triton
 from fastvitc.kernels._dtype import accumulation_dtype, autocast
 from fastvitc.kernels.attention import library
 
+
+def _no_xformers(device_type: str) -> str | None:
+    """Why xFormers' kernels cannot run on a device type, None when they can."""
+    if find_spec("xformers") is None:
+        return "xFormers is not installed (pip install 'fastvitc[xformers]')"
+    return None if device_type == "cuda" else "xFormers' attention needs a GPU"
+
+
 _BACKENDS = Backends(
     op="attention",
-    order={"default": ("torch", "triton", "reference")},
-    rooms={"torch": "library", "triton": "triton", "reference": "reference"},
-    obstacle={"triton": no_triton},
+    order={"default": ("torch", "flash", "efficient", "cudnn", "xformers", "triton", "reference")},
+    rooms={
+        **dict.fromkeys(library.KERNELS, "library"),
+        "xformers": "xformers",
+        "triton": "triton",
+        "reference": "reference",
+    },
+    obstacle={
+        "flash": library.no_flash,
+        "efficient": library.no_efficient,
+        "cudnn": library.no_cudnn,
+        "xformers": _no_xformers,
+        "triton": no_triton,
+    },
 )
 
 
-def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backend: Choice = "auto") -> Tensor:
     """softmax(scale · Q Kᵀ) V for each head (Vaswani et al. 2017, equation 1), read from and written to packed tensors.
 
     Args:
@@ -24,20 +45,23 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
             order (the output of one fused projection). Any strides. Under autocast it is cast to the autocast dtype.
         num_heads: N.
         scale: factor on the scores; 1/sqrt(D) by default.
-        backend: "auto", "torch" (`scaled_dot_product_attention`) or "reference".
+        backend: "auto", "torch" (`scaled_dot_product_attention`), "flash", "efficient" or "cudnn" (that one kernel
+            of it), "xformers", "triton" or "reference"; or a mapping from ops to such names.
 
     Returns:
         (B, T, N·D) in the dtype of `qkv`, heads in order.
 
     The sums run in float32 (float64 for float64 input). Backward, with P = exp(scale·QKᵀ − lse):
     dV = Pᵀ dO, dS = scale · P ∘ (dO Vᵀ − rowsum(dO ∘ O)), dQ = dS K, dK = dSᵀ Q, returned as one packed gradient.
-    The reference saves qkv, the output and the row log-sum-exp (B, N, T); P is recomputed, in memory of
-    O(B·N·T²) while it runs.
+    Triton, xformers and the reference save qkv, the output and the row log-sum-exp (B, N, T); P is recomputed, by
+    the reference in memory of O(B·N·T²). The Triton kernels read the packed projection and write the packed gradient
+    in place: forward and backward move 1.005 times the bytes of reading qkv, out and dout and writing out and dqkv
+    once (1GF to 36GF; counted, `python -m bench.traffic`). Their speed is not measured on a GPU.
 
     Raises:
         TypeError: `qkv` is not floating point.
         ValueError: `qkv` is not three-dimensional, or its last dimension is not a multiple of 3·num_heads.
-        BackendUnavailable: an explicit backend that cannot run here.
+        BackendUnavailable: an explicit backend that cannot run here or does not take this dtype or head size.
     """
     check_floating("attention", qkv=qkv)
     if qkv.dim() != 3:
@@ -50,14 +74,37 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
             f"for num_heads={num_heads}"
         )
     qkv = autocast(qkv)
+    head_dim = qkv.shape[-1] // (3 * num_heads)
     if scale is None:
-        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    backend = resolve("attention", backend, qkv.device.type)
-    if backend == "triton":
+        scale = head_dim**-0.5
+    name = resolve("attention", backend, qkv.device.type, qkv.dtype)
+    if name == "triton":
         check_triton("attention", qkv.dtype)
-    if backend == "torch":
-        return library.attention(qkv, num_heads, scale)
-    return _forward(qkv, num_heads, scale, backend)[0]
+    if name in ("xformers", "triton") or library.KERNELS.get(name) is not None:
+        gradient = torch.is_grad_enabled() and qkv.requires_grad
+        name = _fitting(name, backend, qkv.device.type, qkv.dtype, head_dim, gradient)
+    if name in library.KERNELS:
+        return library.attention(qkv, num_heads, scale, name)
+    return _forward(qkv, num_heads, scale, name)[0]
+
+
+@torch.compiler.assume_constant_result
+def _fitting(
+    name: str, backend: Choice, device_type: str, dtype: torch.dtype, head_dim: int, gradient: bool
+) -> str:
+    """The backend `name` where it takes the input; else torch if auto chose, BackendUnavailable if the caller did."""
+    if name == "xformers":
+        fits = dtype != torch.float64 and head_dim * dtype.itemsize % 16 == 0
+        reason = None if fits else f"xFormers does not take {dtype} with heads of {head_dim}"
+    elif name == "triton":
+        reason = None if head_dim <= 128 else f"the Triton kernels take heads of up to 128, not {head_dim}"
+    else:
+        reason = library.unfit(name, device_type, dtype, head_dim, gradient)
+    if reason is None:
+        return name
+    if requested("attention", backend) == "auto":
+        return "torch"
+    raise BackendUnavailable(f"attention: backend {name!r} cannot run: {reason}; use the backend torch")
 
 
 @torch.library.custom_op("fastvitc::attention", mutates_args=())

@@ -52,6 +52,11 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, architecture: str) -> Blo
     return Blocks(64, 64, 4, 1) if architecture in ("sm_90", "sm_100") else Blocks(64, 32, 4, 1)
 
 
+def _padded(head_dim: int) -> int:
+    """Columns of a tile: a matrix unit takes 16 at least."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 def resident_blocks(dtype: torch.dtype, head_dim: int, tokens: int, architecture: str) -> Blocks | None:
     """Sizes of the resident backward kernel, None where it would spill registers."""
     if architecture not in ("sm_90", "sm_100") or dtype == torch.float32 or head_dim > 64 or tokens > 256:
@@ -247,7 +252,7 @@ def forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
         num_heads,
         scale,
         D=head_dim,
-        BD=triton.next_power_of_2(head_dim),
+        BD=_padded(head_dim),
         **vars(blocks),
     )
     return out, lse
@@ -258,7 +263,7 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int
     head_dim = packed // (3 * num_heads)
     dqkv = torch.empty_like(qkv)
     tensors = dout.contiguous(), qkv, out, lse, dqkv
-    sizes = {"D": head_dim, "BD": triton.next_power_of_2(head_dim)}
+    sizes = {"D": head_dim, "BD": _padded(head_dim)}
     arch = architecture(qkv.device)
     resident = resident_blocks(qkv.dtype, head_dim, tokens, arch)
     if resident is not None:

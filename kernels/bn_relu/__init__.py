@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastvitc.kernels._backend import Backends, no_triton, resolve
+from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
 from fastvitc.kernels._checks import check_device, check_floating, check_triton
 from fastvitc.kernels._dtype import accumulation_dtype
@@ -30,7 +30,7 @@ def bn_relu(
     eps: float = 1e-5,
     *,
     process_group: ProcessGroup | None = None,
-    backend: str = "auto",
+    backend: Choice = "auto",
 ) -> Tensor:
     """relu(weight · (x − mean) / sqrt(var + eps) + bias) per channel (Ioffe & Szegedy 2015, algorithm 1).
 
@@ -42,7 +42,8 @@ def bn_relu(
         training: whether the batch's own mean and biased variance normalise.
         process_group: processes whose batches share the training statistics, as in nn.SyncBatchNorm; each holds
             the same number of values. None for this process alone. The backend torch does not share them.
-        backend: "auto", "torch" (`batch_norm` and `relu`), "triton" or "reference".
+        backend: "auto", "torch" (`batch_norm` and `relu`), "triton" or "reference"; or a mapping from ops to such
+            names.
 
     Returns:
         A tensor of the shape, dtype and memory format of x.
@@ -74,7 +75,7 @@ def bn_relu(
     if training and count < 2:
         raise ValueError(f"bn_relu: training needs more than one value per channel, got x {tuple(x.shape)}")
     group = group_name(process_group) if training else ""
-    backend = (synchronizing if group else resolve)("bn_relu", backend, x.device.type)
+    backend = (synchronizing if group else resolve)("bn_relu", backend, x.device.type, x.dtype)
     if backend == "triton":
         check_triton("bn_relu", x.dtype)
     if backend == "torch":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastvitc.kernels._backend import Backends, no_triton, resolve
+from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
 from fastvitc.kernels._checks import check_device, check_floating, check_triton
 from fastvitc.kernels._dtype import accumulation_dtype, autocast, autocast_dtype
@@ -42,7 +42,7 @@ def conv_stem(
     pixel_scale: Tensor | None = None,
     pixel_shift: Tensor | None = None,
     process_group: ProcessGroup | None = None,
-    backend: str = "auto",
+    backend: Choice = "auto",
 ) -> Tensor:
     """n times convolution, BatchNorm, ReLU; a closing convolution; the token tensor (Xiao et al. 2021, section 4).
 
@@ -99,12 +99,12 @@ def conv_stem(
         group_name(process_group) if training else "",
     )
     grids = _check(image, stem, running_means, running_vars, class_token, pos_embed, training)
-    backend = (synchronizing if stem.group else resolve)("conv_stem", backend, image.device.type)
+    dtype = autocast_dtype(proj_weight)
+    backend = (synchronizing if stem.group else resolve)("conv_stem", backend, image.device.type, dtype)
     running = running_means, running_vars
     if backend in ("torch", "bn_relu"):
         room = library if backend == "torch" else composed
         return room.conv_stem(image, stem, *running, class_token, pos_embed, training, momentum)
-    dtype = autocast_dtype(proj_weight)
     if backend == "triton":
         check_triton("conv_stem", dtype)
     if pixel_scale is None:

@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import pytest
@@ -7,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_no_worse_than_library, outputs_and_gradients
 
-from fastvitc.kernels import BackendUnavailable, attention
+from fastvitc.kernels import BackendUnavailable, Measured, attention, record
 
 OWN = ["reference", "triton"]
-EXACT = ["reference", "torch"]  # compute in float64 too
+EXACT = ["reference", "torch", "flash"]  # compute in float64 too
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
@@ -101,7 +102,7 @@ def test_float64_on_triton_is_refused_with_the_backend_that_takes_it():
         attention(torch.zeros(1, 2, 48, dtype=torch.float64), 2, backend="triton")
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", [*OWN, "torch", "flash"])
 def test_strided_inputs_and_expanded_gradients_change_nothing(backend):
     plain = torch.randn(2, 9, 96)
     strided = torch.randn(9, 2, 192)[..., ::2].transpose(0, 1).copy_(plain)
@@ -129,7 +130,7 @@ def test_registration_passes_opcheck(backend):
     torch.library.opcheck(torch.ops.fastvitc.attention.default, (qkv, 2, 0.3, backend))
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", [*OWN, "torch", "flash"])
 def test_autocast_casts_as_scaled_dot_product_attention_does(backend):
     qkv = torch.randn(2, 5, 48)
     with torch.autocast("cpu", torch.bfloat16):
@@ -139,7 +140,7 @@ def test_autocast_casts_as_scaled_dot_product_attention_does(backend):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", [*OWN, "torch", "flash"])
 def test_large_scores_do_not_overflow(backend):
     out = attention(1e4 * torch.randn(1, 5, 48), 2, backend=backend)
     assert out.isfinite().all()
@@ -160,7 +161,9 @@ def test_bad_input_raises_one_clear_error(qkv, heads, error, words):
 
 
 def test_an_unknown_backend_names_the_usable_ones():
-    with pytest.raises(BackendUnavailable, match=r"has no backend 'fast'.*auto, torch, triton, reference"):
+    with pytest.raises(
+        BackendUnavailable, match=r"has no backend 'fast'.*auto, torch, flash, triton, reference"
+    ):
         attention(torch.zeros(1, 2, 48), 2, backend="fast")
 
 
@@ -169,3 +172,87 @@ def test_the_library_backend_is_scaled_dot_product_attention():
     packed = torch.stack([q, k, v]).permute(1, 3, 0, 2, 4).flatten(2)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention(packed, 4, backend="torch"), expected)
+
+
+def test_an_explicit_kernel_of_the_library_is_the_only_one_enabled(monkeypatch):
+    enabled = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        enabled.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for backend in ("flash", "torch"):
+        attention(torch.randn(1, 3, 24), 1, backend=backend)
+    assert enabled == [(True, False), (True, True)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+def test_a_kernel_of_the_library_compiles_as_one_graph(backend):
+    qkv = torch.randn(2, 9, 96)
+    compiled = torch.compile(partial(attention, num_heads=2, backend=backend), fullgraph=True)
+    for eager, found in zip(
+        outputs_and_gradients(partial(attention, num_heads=2, backend=backend), [qkv]),
+        outputs_and_gradients(compiled, [qkv]),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, eager)
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("efficient", "PyTorch's memory-efficient attention needs a GPU"),
+        ("cudnn", "cuDNN's attention needs an NVIDIA GPU"),
+        ("xformers", r"xFormers is not installed \(pip install 'fastvitc\[xformers\]'\)"),
+    ],
+)
+def test_a_backend_that_cannot_run_here_says_why(backend, words, monkeypatch):
+    monkeypatch.setattr(sys.modules["fastvitc.kernels.attention"], "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=f"{backend}' is not available on cpu: {words}; usable here"):
+        attention(torch.zeros(1, 2, 48), 2, backend=backend)
+
+
+def test_xformers_needs_a_gpu_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(sys.modules["fastvitc.kernels.attention"], "find_spec", lambda name: object())
+    with pytest.raises(BackendUnavailable, match="xFormers' attention needs a GPU"):
+        attention(torch.zeros(1, 2, 48), 2, backend="xformers")
+
+
+def test_an_input_that_an_explicit_backend_does_not_take_is_refused_and_auto_takes_another(monkeypatch):
+    from fastvitc.kernels.attention import library
+
+    monkeypatch.setattr(library, "unfit", lambda *args: f"no kernel for {args}")
+    qkv = torch.randn(1, 2, 48, requires_grad=True)
+    with pytest.raises(BackendUnavailable, match=r"'flash' cannot run: no kernel for .*float32, 8, True"):
+        attention(qkv, 2, backend={"attention": "flash"})
+    measured = Measured("flash", {"torch": 2.0, "flash": 1.0}, {})
+    record(torch.device("cpu"), torch.float32, {"attention": measured})
+    assert torch.equal(attention(qkv, 2), attention(qkv, 2, backend="torch"))
+
+
+def test_the_librarys_kernels_are_asked_on_a_gpu_only_once_per_kind_of_input(monkeypatch):
+    from fastvitc.kernels.attention import library
+
+    asked = []
+
+    def can_use(params, debug):
+        asked.append((params.query.dtype, params.query.shape[-1], torch.backends.cuda.math_sdp_enabled()))
+        return params.query.dtype != torch.float32
+
+    empty = torch.empty
+    monkeypatch.setitem(library._CAN_USE, "flash", can_use)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **kw: empty(*size, **kw))
+    library._fits.cache_clear()
+    for _ in range(2):
+        assert library.unfit("flash", "cuda", torch.bfloat16, 64, True) is None
+        reason = library.unfit("flash", "cuda", torch.float32, 64, False)
+    library._fits.cache_clear()
+    assert reason == (
+        "PyTorch's flash attention does not take torch.float32 with heads of 64 for forward on some GPU"
+    )
+    assert asked == [(torch.bfloat16, 64, False), (torch.float32, 64, False)]
+    assert library.unfit("flash", "cpu", torch.float32, 64, False) is None
