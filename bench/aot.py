@@ -40,6 +40,9 @@ LIMITS = {
 }
 _REGISTERS = 65536  # of an NVIDIA multiprocessor
 
+#: What this process has compiled; launches of several configurations are often of one kernel.
+_COMPILED: dict[tuple[str, str, str], "Kernel"] = {}
+
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -122,10 +125,13 @@ def _compile(arch: str, kernel, grid: tuple[int, ...], *args: object, options: d
             signature[name] = "i32"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=_target(arch), options=launch)
-    read = _read_cuda if arch.startswith("sm_") else _read_hip
-    return read(kernel.fn.__name__, arch, binary, values.get("C", values.get("D")))
+    key = arch, kernel.__name__, repr((signature, constants, attributes, launch))
+    if key not in _COMPILED:
+        source = ASTSource(kernel, signature, constants, attributes)
+        binary = triton.compile(source, target=_target(arch), options=launch)
+        read = _read_cuda if arch.startswith("sm_") else _read_hip
+        _COMPILED[key] = read(kernel.__name__, arch, binary, values.get("C", values.get("D")))
+    return _COMPILED[key]
 
 
 def _tool(name: str) -> str:

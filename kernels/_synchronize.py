@@ -10,6 +10,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from fastvitc.kernels._backend import BackendUnavailable, Choice, no_triton, requested, resolve
 
+_SHARING = ("triton", "reference")  # backends that share statistics
+
 
 @torch.compiler.assume_constant_result
 def group_name(process_group: dist.ProcessGroup | None) -> str:
@@ -25,13 +27,14 @@ def group_size(group: str) -> int:
 
 @torch.compiler.assume_constant_result
 def synchronizing(op: str, backend: Choice, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The backend that a request takes where statistics are shared: `torch` cannot, so `auto` passes over it."""
-    if requested(op, backend) == "torch":
+    """The backend that a request takes where statistics are shared: `auto` passes over those that cannot."""
+    if requested(op, backend) not in ("auto", *_SHARING):
         raise BackendUnavailable(
-            f"{op}: backend 'torch' does not share statistics over processes; usable: auto, triton, reference"
+            f"{op}: backend {requested(op, backend)!r} does not share statistics over processes; usable: auto, "
+            f"{', '.join(_SHARING)}"
         )
     name = resolve(op, backend, device_type, dtype)
-    if name != "torch":
+    if name in _SHARING:
         return name
     return "reference" if no_triton(device_type) else "triton"
 

@@ -71,6 +71,12 @@ except BackendUnavailable as error:
 else:
     raise AssertionError("torch took a process group")
 try:
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(create_model("vitc_nano", backend="conv_stem=bn_relu").stem)(images)
+except BackendUnavailable as error:
+    assert "'bn_relu' does not share statistics" in str(error)
+else:
+    raise AssertionError("bn_relu took a process group")
+try:
     alone = x[:3] if rank else x[:2]
     bn_relu(alone, *shared, torch.ones(5), torch.ones(5), True, process_group=dist.group.WORLD, backend=backend)
 except RuntimeError as error:
