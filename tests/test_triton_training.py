@@ -25,15 +25,10 @@ def trained(backend, optimizer, lr, steps, dtype=torch.float32, compile=False):
         dtype=dtype,
         compile=compile,
     )
-    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.tensor([1, 4, 4, 9], device=DEVICE)
+    labels = torch.tensor([1, 4], device=DEVICE)
     return [step([(images, labels, None)]).item() for _ in range(steps)], model
-
-
-@pytest.fixture(scope="module")
-def curves():
-    return [trained(backend, "adamw", 1e-3, 10)[0] for backend in ("reference", "triton")]
 
 
 def test_three_steps_end_at_the_weights_and_statistics_of_the_reference():
@@ -44,23 +39,24 @@ def test_three_steps_end_at_the_weights_and_statistics_of_the_reference():
     assert not torch.equal(found.stem.norms[0].running_mean.cpu(), moved)
 
 
-def test_ten_steps_follow_the_loss_curve_of_the_reference(curves):
-    expected, found = map(torch.tensor, curves)
+def test_ten_steps_follow_the_loss_curve_of_the_reference():
+    expected, found = (torch.tensor(trained(b, "adamw", 1e-3, 10)[0]) for b in ("reference", "triton"))
     assert (found - expected).abs().max() < 2e-3
     assert found[-1] < found[0] / 2
 
 
-def test_bfloat16_steps_stay_near_the_float32_curve(curves):
-    found = torch.tensor(trained("triton", "adamw", 1e-3, 3, torch.bfloat16)[0])
-    assert (found - torch.tensor(curves[0][:3])).abs().max() < 0.1
+def test_bfloat16_steps_stay_near_the_float32_curve():
+    expected = torch.tensor(trained("reference", "adamw", 1e-3, 2)[0])
+    found = torch.tensor(trained("triton", "adamw", 1e-3, 2, torch.bfloat16)[0])
+    assert (found - expected).abs().max() < 0.1
 
 
 def test_a_step_compiles_as_one_graph_and_again_without_recompilation():
     torch.compiler.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    compiled, _ = trained("triton", "sgd", 0.05, 3, compile=True)
+    compiled, _ = trained("triton", "adamw", 1e-3, 2, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
-    eager, _ = trained("triton", "sgd", 0.05, 3)
+    eager, _ = trained("reference", "adamw", 1e-3, 2)
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 

@@ -35,21 +35,21 @@ def forward_tiles(dtype: torch.dtype, out_channels: int) -> Tiles:
     as wide leave room for half as many warps.
     """
     if dtype == torch.float32:
-        return Tiles(64, _columns(out_channels, 32), 32, 4, 1)
+        return Tiles(64, _columns(out_channels, 64), 16, 4, 1)
     return Tiles(128, _columns(out_channels, 128), 32, 8, 2)
 
 
 def input_gradient_tiles(dtype: torch.dtype, channels: int) -> Tiles:
     """Of the gradient of the input, with K over the output's channels."""
     if dtype == torch.float32:
-        return Tiles(64, _columns(channels, 32), 16, 4, 1)
+        return Tiles(64, _columns(channels, 64), 16, 8, 1)
     return Tiles(128, _columns(channels, 64), 32, 8, 2)
 
 
 def weight_gradient_tiles(dtype: torch.dtype, k: int, out_channels: int) -> Tiles:
     """Of the gradient of the weight. There K runs on over the taps: a wide tile forms dz once for several of them."""
     if dtype == torch.float32:
-        return Tiles(16, _columns(out_channels, 32), _columns(k, 32), 4, 1)
+        return Tiles(32, _columns(out_channels, 64), _columns(k, 64), 8, 1)
     return Tiles(32, _columns(out_channels, 64), _columns(k, 128), 8, 2)
 
 
