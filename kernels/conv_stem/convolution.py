@@ -265,7 +265,10 @@ def _conv_bwd_input_kernel(
     vectors,  # (4, C) or None
     dx,  # (B, H, W, C): dy' of the layer below, or without vectors the gradient itself
     partial,  # (2, tiles, C): Σdy', Σdy'·(x − mean); or None
+    sums,  # (IMAGES / BM, OH·OW, N) sums of dy over BM images; or None
     M,
+    images,
+    IMAGES,
     OH: tl.constexpr,
     OW: tl.constexpr,
     S: tl.constexpr,
@@ -282,7 +285,11 @@ def _conv_bwd_input_kernel(
     BK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Pixels fall into S·S classes by their residue: each sees its own taps, and no product is with zero."""
+    """Pixels fall into S·S classes by their residue: each sees its own taps, and no product is with zero.
+
+    With `sums` a tile's rows are one place of BM images, IMAGES of them with padding, so that the sum over the images
+    falls out; every place is then one output's alone.
+    """
     dtype: tl.constexpr = weight.dtype.element_ty
     K: tl.constexpr = KH * KW * C
     CHUNKS: tl.constexpr = (N + BK - 1) // BK
@@ -294,10 +301,13 @@ def _conv_bwd_input_kernel(
     residue = tile_index % (S * S)
     row_residue, column_residue = residue // S, residue % S
     rows = tile_index // (S * S) * BM + tl.arange(0, BM)
-    h = rows // WS % HS * S + (row_residue + P * (S - 1)) % S  # (h + P) % S is row_residue
-    w = rows % WS * S + (column_residue + P * (S - 1)) % S
-    image = rows // (HS * WS)
-    inside = (rows < M) & (h < H) & (w < W)
+    if sums is not None:
+        place, image = rows // IMAGES, rows % IMAGES
+    else:
+        place, image = rows % (HS * WS), rows // (HS * WS)
+    h = place // WS * S + (row_residue + P * (S - 1)) % S  # (h + P) % S is row_residue
+    w = place % WS * S + (column_residue + P * (S - 1)) % S
+    inside = (rows < M) & (image < images) & (h < H) & (w < W)
     last_row, last_column = (h + P) // S, (w + P) // S  # of the outputs that the pixel takes part in
     first_output = image.to(tl.int64) * ((FIRST + OH * OW) * N) + FIRST * N
     taps_down = (KH - row_residue + S - 1) // S
@@ -311,7 +321,15 @@ def _conv_bwd_input_kernel(
         row, column = last_row - down, last_column - across
         valid = (inside & (row >= 0) & (row < OH) & (column >= 0) & (column < OW))[:, None] & known[None, :]
         offsets = first_output[:, None] + (((row * OW + column) * N)[:, None] + channel[None, :])
-        tile = _output_gradient(dy, z, coefficients, offsets, channel, valid, known, dtype, N, INTERPRET)
+        if sums is not None:
+            gradient = load(dy + offsets, valid, INTERPRET).to(tl.float32)
+            if tl.program_id(0) % (COLUMN_TILES * S * S) == 0:
+                first = tile_index // (S * S) * BM
+                total = sums + ((first % IMAGES // BM) * (OH * OW) + first // IMAGES) * N + channel
+                tl.store(total, tl.sum(gradient, 0), mask=known)
+            tile = rounded(gradient, dtype, INTERPRET)
+        else:
+            tile = _output_gradient(dy, z, coefficients, offsets, channel, valid, known, dtype, N, INTERPRET)
         k = ((row_residue + down * S) * KW + column_residue + across * S) * C + columns
         mask = known[:, None] & (columns < C)[None, :]
         kernel = load(weight + channel[:, None] * K + k[None, :], mask, INTERPRET)
@@ -325,10 +343,10 @@ def _conv_bwd_input_kernel(
         raw = load(x + offsets, mask, INTERPRET).to(tl.float32)
         acc = tl.where(mask & (raw * scale + shift > 0), acc, 0.0)
         kept = rounded(acc, dx.dtype.element_ty, INTERPRET).to(tl.float32)
-        place = partial + tile_index * C + columns
-        tl.store(place, tl.sum(kept, 0), mask=known)
+        out = partial + tile_index * C + columns
+        tl.store(out, tl.sum(kept, 0), mask=known)
         centred = tl.sum(kept * (raw - mean), 0)
-        tl.store(place + tl.num_programs(0) // COLUMN_TILES * C, centred, mask=known)
+        tl.store(out + tl.num_programs(0) // COLUMN_TILES * C, centred, mask=known)
     store(dx + offsets, acc, mask, INTERPRET)
 
 
@@ -522,19 +540,33 @@ class Convolution:
         )
         return out
 
-    def input_gradient(
-        self, gradient: Gradient, x: Tensor, vectors: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradient of the input, in the shape of x.
+    @property
+    def patches(self) -> bool:
+        """Whether the kernel's places tile the input, so that each input belongs to one output."""
+        sizes = self._sizes
+        tiled = sizes["H"] % sizes["S"] == sizes["W"] % sizes["S"] == 0
+        return sizes["KH"] == sizes["KW"] == sizes["S"] and sizes["P"] == 0 and tiled
 
-        With the `vectors` (4, C) of the layer below, whose output is x, it is dy' = dy·[scale·x + shift > 0]; beside
-        it then the (2, sets, C) partial sums of dy' and dy'·(x − mean).
+    def input_gradient(
+        self, gradient: Gradient, x: Tensor, vectors: Tensor | None, *, sum_images: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(the gradient of the input, in the shape of x; partial sums; sums over the images).
+
+        With the `vectors` (4, C) of the layer below, whose output is x, the gradient is dy' = dy·[scale·x + shift > 0],
+        and beside it come the (2, sets, C) partial sums of dy' and dy'·(x − mean). With `sum_images`, of `patches`
+        alone, also the sum of dy over the batch, (1, OH·OW, N) float32, from the same pass.
         """
         sizes = self._sizes
         channels, stride = sizes["C"], sizes["S"]
         tiles = input_gradient_tiles(self._weight.dtype, channels)
+        images = self._batch
+        sums = None
+        if sum_images:
+            tiles = tiles._replace(BM=min(tiles.BM, max(16, triton.next_power_of_2(images))))
+            images = triton.cdiv(images, tiles.BM) * tiles.BM
+            sums = self._new(images // tiles.BM, sizes["OH"] * sizes["OW"], sizes["N"], dtype=torch.float32)
         # Every class of pixels gets the tiles of the largest.
-        rows = self._batch * triton.cdiv(sizes["H"], stride) * triton.cdiv(sizes["W"], stride)
+        rows = images * triton.cdiv(sizes["H"], stride) * triton.cdiv(sizes["W"], stride)
         sets = triton.cdiv(rows, tiles.BM) * stride**2
         dx = self._new(self._batch, sizes["H"], sizes["W"], channels).permute(0, 3, 1, 2)
         partial = None if vectors is None else self._new(2, sets, channels, dtype=torch.float32)
@@ -549,12 +581,17 @@ class Convolution:
             vectors,
             dx,
             partial,
+            sums,
             rows,
+            self._batch,
+            images,
             **sizes,
             **tiles._asdict(),
             FIRST=gradient.first,
         )
-        return dx, partial
+        if sums is not None and len(sums) > 1:
+            sums = sums.sum(0, keepdim=True)
+        return dx, partial, sums
 
     def weight_gradient(self, source: Input, gradient: Gradient) -> Tensor:
         """(N, C, KH, KW) float32, channels-last."""

@@ -116,22 +116,27 @@ def backward(
     need_dimage: bool,
 ) -> tuple[Tensor | None, list[Tensor], Tensor]:
     dtokens = dtokens.contiguous()
-    dpos_embed = dtokens.sum(0, keepdim=True, dtype=torch.float32)
     first = int(has_class_token)
+    convolutions = list(enumerate(_convolutions(image, stem)))
+    sum_images = bool(zs) and convolutions[-1][1].patches
+    gradient = Gradient(dtokens, first=first)
     dconv: list[Tensor] = []
     dgamma: list[Tensor] = []
     dbeta: list[Tensor] = []
-    gradient = Gradient(dtokens, first=first)
-    dimage = None
-    for i, convolution in reversed(list(enumerate(_convolutions(image, stem)))):
+    dimage = dpatches = None
+    for i, convolution in reversed(convolutions):
         if i == 0:
             dconv.insert(0, convolution.weight_gradient(_pixels(image, stem), gradient))
             if need_dimage:
-                dimage, _ = convolution.input_gradient(gradient, image, None)
+                dimage, _, _ = convolution.input_gradient(gradient, image, None)
             continue
         z, of_layer = zs[i - 1], vectors[i - 1]
         dconv.insert(0, convolution.weight_gradient(_layer(z, of_layer), gradient))
-        dy, partial = convolution.input_gradient(gradient, z, of_layer)
+        closing = i == len(zs)
+        dy, partial, sums = convolution.input_gradient(
+            gradient, z, of_layer, sum_images=closing and sum_images
+        )
+        dpatches = sums if closing else dpatches
         values = z.numel() // z.shape[1]
         dg, db, coefficients = gradients_of(partial, values, of_layer, training, stem.eps, stem.group)
         dgamma.insert(0, dg)
@@ -139,6 +144,12 @@ def backward(
         gradient = Gradient(dy, z, coefficients)
     if dimage is not None and stem.pixel_scale is not None:
         dimage = dimage * stem.pixel_scale.view(1, -1, 1, 1)
+    if dpatches is None:
+        dpos_embed = dtokens.sum(0, keepdim=True, dtype=torch.float32)
+    else:
+        dpos_embed = torch.cat(
+            [dtokens[:, :first].sum(0, keepdim=True, dtype=torch.float32), dpatches], dim=1
+        )
     *dconv, dproj_weight = dconv
     dproj_bias = dpos_embed[0, first:].sum(0)
     return dimage, [*dconv, *dgamma, *dbeta, dproj_weight, dproj_bias], dpos_embed
