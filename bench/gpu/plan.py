@@ -35,7 +35,11 @@ CONTENDERS = {
     "attention": (
         "fastvitc triton",
         "scaled_dot_product_attention",
+        "fastvitc cudnn",
+        "fastvitc flash",
         "scaled_dot_product_attention compiled",
+        "fastvitc efficient",
+        "fastvitc xformers",
         "fastvitc torch",
     ),
     "bn_relu": ("fastvitc triton", "batch_norm, relu", "batch_norm, relu compiled", "fastvitc torch"),
