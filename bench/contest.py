@@ -23,8 +23,8 @@ class Contest:
         name: what is computed, with shapes and dtype.
         truth: computes the expected tensors in float32 with the reference backend; empty where nothing is compared.
         contenders: name → a function that builds the candidate; ours start with "fastvitc".
-        flops: floating-point operations of a call (a multiply-add is two), 0 where bytes count.
-        bytes: bytes that a call has to move at least, 0 where FLOPs count.
+        flops: floating-point operations of a call (a multiply-add is two), 0 where only bytes count.
+        bytes: bytes that a call has to move at least, 0 where they are not counted.
         images: images per call, 0 where a rate of images says nothing.
         tolerance: largest allowed error of a tensor in the Euclidean norm, relative to the truth's.
     """
@@ -50,12 +50,16 @@ class Arena:
     _truth: list[Tensor] = field(default_factory=list)
     _built: dict[str, tuple[Callable[[], object], float]] = field(default_factory=dict)
 
-    def enter(self, contest: Contest, contender: str) -> tuple[Callable[[], object], float]:
-        """What to time of the contender and its parity error; ParityError where that is over the tolerance."""
+    def open(self, contest: Contest) -> None:
+        """Leave the contest before, if it is another, and compute the truth of this one."""
         if contest is not self._contest:
             self._built.clear()
             torch.compiler.reset()
             self._contest, self._truth = contest, [t.detach().double() for t in contest.truth()]
+
+    def enter(self, contest: Contest, contender: str) -> tuple[Callable[[], object], float]:
+        """What to time of the contender and its parity error; ParityError where that is over the tolerance."""
+        self.open(contest)
         if contender not in self._built:
             candidate = contest.contenders[contender]()
             self._built[contender] = candidate.run, self._error(contest, contender, candidate.tensors())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from bench.peers import timm_model, torchvision_model
 from fastvitc import VisionTransformer, convert
 from fastvitc.config import ViTConfig
+from fastvitc.kernels import availability
 
 
 def trained_like(config: ViTConfig, *, backend: str = "auto") -> VisionTransformer:
@@ -41,6 +43,14 @@ MODELS: dict[str, Callable[[ViTConfig], nn.Module]] = {
     "timm": _timm,
     "torchvision": _torchvision,
 }
+
+
+def models(device: torch.device) -> dict[str, Callable[[ViTConfig], nn.Module]]:
+    """`MODELS`, and ours on the Triton kernels where they run on the device."""
+    found = dict(MODELS)
+    if all(op["triton"] is None for op in availability(device).values()):
+        found["fastvitc triton"] = partial(trained_like, backend="triton")
+    return found
 
 
 def image_batch(config: ViTConfig, batch_size: int, device: torch.device) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.interpreted import Build
+from bench.least import stem_bytes
 from bench.models import one_block
 from bench.peers import timm_model
 from fastvitc.config import ViTConfig
@@ -93,7 +94,7 @@ def bn_relu_part(config: ViTConfig) -> Part:
 
 
 def stem_part(config: ViTConfig) -> Part:
-    """Least: see `_least_stem`. The peer is timm's stem with its class token and positions."""
+    """Least: see `bench.least`. The peer is timm's stem with its class token and positions."""
 
     def timm(module: nn.Module, image: Tensor) -> Tensor:
         tokens = module.convolutions(module.normalize(image))
@@ -116,24 +117,8 @@ def stem_part(config: ViTConfig) -> Part:
         lambda batch: build(
             timm, batch, normalize=Normalize(), convolutions=timm_model(one_block(config)).patch_embed
         ),
-        _least_stem(config),
+        stem_bytes(config),
     )
-
-
-def _least_stem(config: ViTConfig) -> tuple[int, int]:
-    """What a stem must move that keeps the outputs z of its convolutions in bfloat16 and recomputes the rest.
-
-    Batch statistics need all of z before any of it is used. Forward reads the image, writes and reads each z once and
-    writes the tokens; backward reads the image, each z and the gradient of the tokens once, and writes and reads the
-    gradient of each z once.
-    """
-    height, width = config.image_size
-    image, z = config.in_chans * height * width, 0
-    for channels, stride in zip(config.stem.channels[:-1], config.stem.strides, strict=False):
-        height, width = height // stride, width // stride
-        z += 2 * channels * height * width
-    tokens = 4 * config.tokens * config.width
-    return image + 2 * z + tokens, image + 3 * z + tokens
 
 
 def block(config: ViTConfig, ours: bool) -> Build:

@@ -1,17 +1,13 @@
 """The models a user would take instead: the same architecture built from timm's and from torchvision's parts.
 
 With converted weights (`fastvitc.convert`) they compute what `fastvitc.VisionTransformer(config)` computes,
-but for the order of floating-point sums. Each keeps its library's own initialisation.
+but for the order of floating-point sums. Each keeps its library's own initialisation. A library is imported when its
+model is made: the other's can be had without it.
 """
 
 from functools import partial
 
-from timm.layers import HybridEmbed
-from timm.models import VisionTransformer as TimmVisionTransformer
-from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
-from torchvision.models.vision_transformer import ConvStemConfig
-from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVisionTransformer
 
 from fastvitc.config import StemConfig, ViTConfig
 from fastvitc.errors import UsageError
@@ -23,6 +19,10 @@ def timm_model(config: ViTConfig) -> nn.Module:
     Raises:
         UsageError: a patchify stem with overlapping or padded patches.
     """
+    from timm.layers import HybridEmbed
+    from timm.models import VisionTransformer
+    from timm.models.vision_transformer_hybrid import ConvStem
+
     if config.stem.kind == "conv":
         backbone = ConvStem(
             in_chans=config.in_chans,
@@ -37,7 +37,7 @@ def timm_model(config: ViTConfig) -> nn.Module:
         stem = {"patch_size": config.stem.stride}
     else:
         raise UsageError(f"timm's patches neither overlap nor have padding; got {config.stem}")
-    return TimmVisionTransformer(
+    return VisionTransformer(
         img_size=config.image_size,
         in_chans=config.in_chans,
         num_classes=config.num_classes,
@@ -60,6 +60,8 @@ def torchvision_model(config: ViTConfig) -> nn.Module:
         UsageError: torchvision has no such model: it takes square RGB images, reads a class token, has no
             drop path, pads hidden convolutions by half their kernel, and closes a conv stem with a 1x1.
     """
+    from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
+
     *hidden, closing = zip(config.stem.channels, config.stem.kernels, config.stem.strides, strict=True)
     if config.stem.kind == "conv":
         same_stem = closing == (config.width, 1, 1) and all(
@@ -76,7 +78,7 @@ def torchvision_model(config: ViTConfig) -> nn.Module:
             "torchvision's ViT needs square RGB images, a class token, no drop path, and a stem of plain "
             f"patches or of padded convolutions closed by a 1x1; got {config}"
         )
-    model = TorchvisionVisionTransformer(
+    model = VisionTransformer(
         image_size=config.image_size[0],
         patch_size=config.stem.stride,
         num_layers=config.depth,

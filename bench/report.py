@@ -40,28 +40,37 @@ def read(path: Path) -> tuple[dict, dict[str, list[Row]]]:
     return machine, {name: _rows(contenders, machine) for name, contenders in groups.items()}
 
 
+def ratios(times: dict[str, dict[int, float]]) -> dict[str, float | None]:
+    """Contender → median over shared passes of the best peer's time / its own; None without a peer or such a pass.
+
+    `times`: contender → pass → seconds. The best peer is the one of the least median; ours start with "fastvitc".
+    """
+    peers = [name for name in times if not name.startswith("fastvitc")]
+    best = times[min(peers, key=lambda name: statistics.median(times[name].values()))] if peers else {}
+    found = {}
+    for name, by_pass in times.items():
+        shared = [best[number] / by_pass[number] for number in by_pass.keys() & best.keys()]
+        found[name] = statistics.median(shared) if shared else None
+    return found
+
+
 def _rows(contenders: dict[str, dict[int, dict]], machine: dict) -> list[Row]:
     times = {
         name: {number: bench["stats"]["median"] for number, bench in passes.items()}
         for name, passes in contenders.items()
     }
     medians = {name: statistics.median(by_pass.values()) for name, by_pass in times.items()}
-    peers = [name for name in medians if not name.startswith("fastvitc")]
-    best = min(peers, key=medians.__getitem__, default=None)
+    ratio = ratios(times)
     rows = []
-    for name, by_pass in times.items():
+    for name in times:
         extra = next(iter(contenders[name].values()))["extra_info"]
-        ratio = share = None
-        if best is not None:
-            shared = by_pass.keys() & times[best].keys()
-            ratios = [times[best][number] / by_pass[number] for number in shared]
-            ratio = statistics.median(ratios) if ratios else None
+        share = None
         if extra["flops"]:
             share = extra["flops"] / medians[name] / machine["matmul_peak"]
         elif extra["bytes"]:
             share = extra["bytes"] / medians[name] / machine["copy_peak"]
         rate = extra["images"] / medians[name] if extra["images"] else None
-        rows.append(Row(name, medians[name], ratio, share, rate))
+        rows.append(Row(name, medians[name], ratio[name], share, rate))
     return sorted(rows, key=lambda row: row.seconds)
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from bench.contest import Candidate, Contest
-from bench.models import MODELS, image_batch, trained_like
+from bench.models import image_batch, models, trained_like
 from fastvitc import complexity
 from fastvitc.distributed import Process
 from fastvitc.engine import Objective, TrainStep, input_of
@@ -63,32 +63,30 @@ def _inference(build, config, batch_size, device, dtype, compile):
     )
 
 
+def model_contests(name, config, batch_size, device, dtype):
+    forward = 2 * complexity(config).flops * batch_size
+    args = (config, batch_size, device)
+    for what, truth, build, flops in (
+        ("training step", _truth_of_training, _training, 3 * forward),
+        ("inference", _truth_of_inference, _inference, forward),
+    ):
+        contenders = {
+            f"{library}{' compiled' if compile else ''}": partial(build, model, *args, dtype, compile)
+            for library, model in models(device).items()
+            for compile in (False, True)
+        }
+        title = f"{what}, {name}, batch {batch_size}"
+        yield Contest(
+            title, partial(truth, *args), contenders, flops=flops, images=batch_size, tolerance=5e-2
+        )
+
+
 def contests(scale, device, dtype):
-    found = []
-    for name, config in scale.models.items():
-        forward = 2 * complexity(config).flops * scale.batch_size
-        args = (config, scale.batch_size, device)
-        for what, truth, build, flops in (
-            ("training step", _truth_of_training, _training, 3 * forward),
-            ("inference", _truth_of_inference, _inference, forward),
-        ):
-            contenders = {
-                f"{library}{' compiled' if compile else ''}": partial(build, model, *args, dtype, compile)
-                for library, model in MODELS.items()
-                for compile in (False, True)
-            }
-            title = f"{what}, {name}, batch {scale.batch_size}"
-            found.append(
-                Contest(
-                    title,
-                    partial(truth, *args),
-                    contenders,
-                    flops=flops,
-                    images=scale.batch_size,
-                    tolerance=5e-2,
-                )
-            )
-    return found
+    return [
+        contest
+        for name, config in scale.models.items()
+        for contest in model_contests(name, config, scale.batch_size, device, dtype)
+    ]
 
 
 def test_model(entry, timed):

@@ -7,13 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.contest import Candidate, Contest
-from bench.models import MODELS, one_block, trained_like
+from bench.least import stem_bytes
+from bench.models import MODELS, image_batch, one_block, trained_like
 from fastvitc.complexity import block_complexity, stem_complexity
+from fastvitc.engine import Normalize
 from fastvitc.kernels import attention, availability, bn_relu
 
 
-def _candidate(function, inputs, backward, compile):
-    """The output; with `backward` also the gradients of inputs that require one, and the norm of all parameters'."""
+def _candidate(build, inputs, backward, compile):
+    """The output of the function that `build` makes; with `backward` also the gradients of inputs that require one, and
+    the norm of all parameters'."""
+    function = build()
     run = torch.compile(function, fullgraph=True, dynamic=False) if compile else function
     parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
     leaves = [t.detach().requires_grad_(backward and t.requires_grad) for t in inputs]
@@ -38,14 +42,13 @@ def _candidate(function, inputs, backward, compile):
     return Candidate(forward_backward if backward else forward, tensors)
 
 
-def _contest(name, functions, reference, inputs, backward, **figures):
-    """`functions`: name → function; each is timed eager and compiled. The truth is the reference in float32."""
-    wide = [t.detach().float().requires_grad_(t.requires_grad) for t in inputs]
+def _contest(name, builds, reference, inputs, backward, **figures):
+    """`builds`: name → what makes a function, timed eager and compiled. `reference` makes the truth's, in float32."""
+    wide = [t.detach().float() if t.is_floating_point() else t for t in inputs]
+    wide = [w.requires_grad_(t.requires_grad) for w, t in zip(wide, inputs, strict=True)]
     contenders = {
-        f"{contender}{' compiled' if compile else ''}": partial(
-            _candidate, function, inputs, backward, compile
-        )
-        for contender, function in functions.items()
+        f"{contender}{' compiled' if compile else ''}": partial(_candidate, build, inputs, backward, compile)
+        for contender, build in builds.items()
         for compile in (False, True)
     }
     direction = "forward + backward" if backward else "forward"
@@ -66,28 +69,32 @@ def _sdpa(qkv, heads):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
-def _attention_contests(name, config, batch_size, device, dtype):
+def attention_contests(name, config, batch_size, device, dtype):
+    """Bytes: forward reads qkv and writes the output; backward reads qkv, output and its gradient and writes dqkv."""
     torch.manual_seed(0)
     tokens, width, heads = config.tokens, config.width, config.heads
     qkv = torch.randn(batch_size, tokens, 3 * width, device=device).to(dtype)
-    functions = {
-        f"fastvitc {b}": partial(attention, num_heads=heads, backend=b) for b in _own("attention", device)
-    }
-    functions["scaled_dot_product_attention"] = partial(_sdpa, heads=heads)
-    reference = partial(attention, num_heads=heads, backend="reference")
+
+    def ours(backend):
+        return partial(attention, num_heads=heads, backend=backend)
+
+    builds = {f"fastvitc {b}": partial(ours, b) for b in _own("attention", device)}
+    builds["scaled_dot_product_attention"] = lambda: partial(_sdpa, heads=heads)
     products = 4 * batch_size * tokens**2 * width
     for backward in (False, True):
         yield _contest(
             f"attention, {name}, batch {batch_size}, {tokens} tokens, {heads} heads of {width // heads}",
-            functions,
-            reference,
+            builds,
+            partial(ours, "reference"),
             [qkv.requires_grad_()],
             backward,
             flops=products * (3 if backward else 1),
+            bytes=qkv.nbytes // 3 * (12 if backward else 4),
         )
 
 
-def _bn_relu_contests(name, config, batch_size, device, dtype):
+def bn_relu_contests(name, config, batch_size, device, dtype):
+    """Bytes: forward reads x and writes y; backward reads dy and x and writes dx."""
     torch.manual_seed(0)
     channels = config.stem.channels[0]
     height, width = (side // config.stem.strides[0] for side in config.image_size)
@@ -99,15 +106,15 @@ def _bn_relu_contests(name, config, batch_size, device, dtype):
     def peer(x, weight, bias):
         return F.relu(F.batch_norm(x, *statistics, weight, bias, True))
 
-    def ours(backend, x, weight, bias):
-        return bn_relu(x, *statistics, weight, bias, True, backend=backend)
+    def ours(backend):
+        return lambda x, weight, bias: bn_relu(x, *statistics, weight, bias, True, backend=backend)
 
-    functions = {f"fastvitc {b}": partial(ours, b) for b in _own("bn_relu", device)}
-    functions["batch_norm, relu"] = peer
+    builds = {f"fastvitc {b}": partial(ours, b) for b in _own("bn_relu", device)}
+    builds["batch_norm, relu"] = lambda: peer
     for backward in (False, True):
         yield _contest(
             f"bn_relu, {name}, batch {batch_size}, {channels} channels of {height}x{width}",
-            functions,
+            builds,
             partial(ours, "reference"),
             [t.requires_grad_() for t in (x, weight, bias)],
             backward,
@@ -115,30 +122,32 @@ def _bn_relu_contests(name, config, batch_size, device, dtype):
         )
 
 
-def _modules(part, config, device):
-    """The same part of each library's model with equal weights."""
-    return {library: part(library, build(config)).to(device).train() for library, build in MODELS.items()}
+class _Tokens(nn.Module):
+    """A stem from a uint8 image to the token tensor; a peer's with normalisation, class token and positions."""
 
-
-def _stem_of(library, model):
-    if library == "fastvitc":
-        return model.stem
-    return model.patch_embed if library == "timm" else _TorchvisionStem(model)
-
-
-class _TorchvisionStem(nn.Module):
-    def __init__(self, model):
+    def __init__(self, library, config):
         super().__init__()
-        self.conv_proj = model.conv_proj
+        own = trained_like(config)
+        self.class_token, self.pos_embed = own.class_token, own.pos_embed
+        self.normalize = Normalize()
+        model = MODELS[library](config)
+        self.stem = model.patch_embed if library == "timm" else model.conv_proj
 
     def forward(self, image):
-        return self.conv_proj(image).flatten(2).mT
+        tokens = self.stem(self.normalize(image))
+        if tokens.dim() == 4:  # torchvision leaves them in rows and columns
+            tokens = tokens.flatten(2).mT
+        return torch.cat([self.class_token.expand(len(image), -1, -1), tokens], 1) + self.pos_embed
 
 
-def _block_of(library, model):
-    if library == "torchvision":
-        return model.encoder.layers[0]
-    return model.blocks[0]
+class _OwnTokens(nn.Module):
+    def __init__(self, backend, config):
+        super().__init__()
+        own = trained_like(config, backend=backend)
+        self.stem, self.class_token, self.pos_embed = own.stem, own.class_token, own.pos_embed
+
+    def forward(self, image):
+        return self.stem(image, self.class_token, self.pos_embed)
 
 
 class _Autocast(nn.Module):
@@ -151,38 +160,58 @@ class _Autocast(nn.Module):
             return self.module(x)
 
 
-def _module_contests(name, config, batch_size, device, dtype):
+def _module(make, device, dtype):
+    return _Autocast(make().to(device).train(), dtype)
+
+
+def stem_contests(name, config, batch_size, device, dtype):
+    """From a uint8 image to tokens with class token and positions."""
+    single = one_block(config)
+    makes = {f"fastvitc {b}": partial(_OwnTokens, b, single) for b in _own("conv_stem", device)}
+    makes |= {library: partial(_Tokens, library, single) for library in MODELS if library != "fastvitc"}
+    forward, backward_only = stem_bytes(config)
+    for backward in (False, True):
+        yield _contest(
+            f"stem, {name}, batch {batch_size}",
+            {library: partial(_module, make, device, dtype) for library, make in makes.items()},
+            partial(_module, partial(_OwnTokens, "reference", single), device, torch.float32),
+            [image_batch(config, batch_size, device)],
+            backward,
+            flops=2 * stem_complexity(config).flops * batch_size * (3 if backward else 1),
+            bytes=batch_size * (forward + backward_only * backward),
+            images=batch_size,
+            tolerance=5e-2,
+        )
+
+
+def _block(library, config):
+    model = MODELS[library](config)
+    return model.encoder.layers[0] if library == "torchvision" else model.blocks[0]
+
+
+def block_contests(name, config, batch_size, device, dtype):
     single = one_block(config)
     torch.manual_seed(0)
-    image = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
-    image = image.contiguous(memory_format=torch.channels_last)
     tokens = torch.randn(batch_size, config.tokens, config.width, device=device, requires_grad=True)
-    for part, x, flops in (
-        (_stem_of, image, stem_complexity(config).flops),
-        (_block_of, tokens, block_complexity(config).flops),
-    ):
-        modules = {k: _Autocast(m, dtype) for k, m in _modules(part, single, device).items()}
-        if part is _stem_of:
-            del modules["fastvitc"]
-            for backend in _own("conv_stem", device):
-                stem = trained_like(single, backend=backend).stem.to(device).train()
-                modules[f"fastvitc {backend}"] = _Autocast(stem, dtype)
-        truth = part("fastvitc", trained_like(single, backend="reference")).to(device).train()
-        for backward in (False, True):
-            yield _contest(
-                f"{'stem' if part is _stem_of else 'block'}, {name}, batch {batch_size}",
-                modules,
-                truth,
-                [x],
-                backward,
-                flops=2 * flops * batch_size * (3 if backward else 1),
-                images=batch_size,
-                tolerance=5e-2,
-            )
+
+    def reference():
+        return trained_like(single, backend="reference").blocks[0]
+
+    for backward in (False, True):
+        yield _contest(
+            f"block, {name}, batch {batch_size}",
+            {k: partial(_module, partial(_block, k, single), device, dtype) for k in MODELS},
+            partial(_module, reference, device, torch.float32),
+            [tokens],
+            backward,
+            flops=2 * block_complexity(config).flops * batch_size * (3 if backward else 1),
+            images=batch_size,
+            tolerance=5e-2,
+        )
 
 
 def contests(scale, device, dtype):
-    parts = (_attention_contests, _bn_relu_contests, _module_contests)
+    parts = (attention_contests, bn_relu_contests, stem_contests, block_contests)
     return [
         contest
         for name, config in scale.models.items()

@@ -2,7 +2,10 @@ import os
 
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32's error
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 import pytest
@@ -34,3 +37,10 @@ def nan_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernel_device():
+    """Tensors are made where Triton's kernels run: on the GPU, or for its interpreter on the CPU."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield

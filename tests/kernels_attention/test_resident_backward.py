@@ -12,7 +12,7 @@ from fastvitc.kernels import attention
 from fastvitc.kernels._triton import launches_to
 from fastvitc.kernels.attention import triton
 
-pytestmark = pytest.mark.usefixtures("nan_memory")
+pytestmark = pytest.mark.usefixtures("nan_memory", "kernel_device")
 
 
 def resident(qkv, heads, scale=None, ran=None):
