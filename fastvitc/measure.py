@@ -69,12 +69,13 @@ def attention_call(setting: Setting, backend: str) -> Call:
 
 
 def conv_stem_call(setting: Setting, backend: str) -> Call:
-    """The stem's module on normalised images, a class token and positions."""
+    """The stem's module on images as the trainer feeds them, a class token and positions."""
     config, device = setting.config, setting.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stem = create_stem(config.stem, config.in_chans, backend=backend)
-        image = torch.randn(setting.batch_size, config.in_chans, *config.image_size)
+        size = setting.batch_size, config.in_chans, *config.image_size
+        image = torch.randint(256, size, dtype=torch.uint8) if config.in_chans == 3 else torch.randn(size)
         class_token, pos_embed = (torch.randn(1, rows, config.width) for rows in (1, config.tokens))
         grad = torch.randn(setting.batch_size, config.tokens, config.width).to(device)
     stem = stem.to(device, memory_format=torch.channels_last).train()

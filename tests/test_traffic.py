@@ -184,7 +184,7 @@ def test_attention_moves_what_it_must_and_the_row_sums():
     assert forward.requested > forward.distinct
     assert {k.name for k in forward.kernels + backward.kernels} == {
         "_attention_fwd_kernel",
-        "_attention_bwd_kernel",
+        "_attention_bwd_resident_kernel",
     }
 
 

@@ -541,8 +541,8 @@ class Convolution:
         return out
 
     @property
-    def patches(self) -> bool:
-        """Whether the kernel's places tile the input, so that each input belongs to one output."""
+    def disjoint(self) -> bool:
+        """Whether the kernel's places cover the input without overlap, so that each input belongs to one output."""
         sizes = self._sizes
         tiled = sizes["H"] % sizes["S"] == sizes["W"] % sizes["S"] == 0
         return sizes["KH"] == sizes["KW"] == sizes["S"] and sizes["P"] == 0 and tiled
@@ -553,8 +553,8 @@ class Convolution:
         """(the gradient of the input, in the shape of x; partial sums; sums over the images).
 
         With the `vectors` (4, C) of the layer below, whose output is x, the gradient is dy' = dy·[scale·x + shift > 0],
-        and beside it come the (2, sets, C) partial sums of dy' and dy'·(x − mean). With `sum_images`, of `patches`
-        alone, also the sum of dy over the batch, (1, OH·OW, N) float32, from the same pass.
+        and beside it come the (2, sets, C) partial sums of dy' and dy'·(x − mean). With `sum_images`, where
+        `disjoint`, also the sum of dy over the batch, (1, OH·OW, N) float32, from the same pass.
         """
         sizes = self._sizes
         channels, stride = sizes["C"], sizes["S"]

@@ -118,7 +118,7 @@ def backward(
     dtokens = dtokens.contiguous()
     first = int(has_class_token)
     convolutions = list(enumerate(_convolutions(image, stem)))
-    sum_images = bool(zs) and convolutions[-1][1].patches
+    sum_images = bool(zs) and convolutions[-1][1].disjoint
     gradient = Gradient(dtokens, first=first)
     dconv: list[Tensor] = []
     dgamma: list[Tensor] = []
