@@ -175,7 +175,7 @@ def _check(
         raise ValueError(
             f"conv_stem: training needs more than one value per channel, got image {tuple(image.shape)}"
         )
-    tokens = height * width + (class_token is not None)
+    tokens = height * width + int(class_token is not None)
     if pos_embed is not None and pos_embed.shape != (1, tokens, d):
         raise ValueError(
             f"conv_stem: pos_embed must be (1, {tokens}, {d}) for a {height}x{width} grid, "
@@ -257,7 +257,7 @@ def _(
 ):
     stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
     batch, grids = image.shape[0], stem.grids(*image.shape[2:])
-    tokens = grids[-1][0] * grids[-1][1] + (class_token is not None)
+    tokens = grids[-1][0] * grids[-1][1] + int(class_token is not None)
     out_dtype = dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
     out = image.new_empty(batch, tokens, len(stem.proj_weight), dtype=out_dtype)
     if not training and not keep:
