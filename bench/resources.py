@@ -44,16 +44,19 @@ def _bn_relu(channels: int, side: int, dtype: torch.dtype) -> None:
     bn_relu.backward(torch.empty_like(y), x, vectors, True, 1e-5, "")
 
 
-def _conv_stem(config: ViTConfig, dtype: torch.dtype) -> None:
-    """The stem of a model from a uint8 image: forward and backward in training, and evaluation."""
+def _conv_stem(config: ViTConfig, dtype: torch.dtype, batch: int = _BATCH, pixels: bool = True) -> None:
+    """The stem of a model: forward and backward in training, and evaluation.
+
+    From a uint8 image, or else from a normalised one with a gradient and with frozen statistics.
+    """
     with torch.device("meta"):
         module = ConvStem(config.stem).to(memory_format=torch.channels_last)
         image = torch.empty(_BATCH, *config.image_size, config.in_chans, dtype=torch.uint8).permute(
             0, 3, 1, 2
         )
         ends = torch.empty(1, 1, config.width), torch.empty(1, config.tokens, config.width)
-        dtokens = torch.empty(_BATCH, config.tokens, config.width, dtype=torch.float32)
-        pixels = torch.empty(config.in_chans), torch.empty(config.in_chans)
+        dtokens = torch.empty(batch, config.tokens, config.width, dtype=torch.float32)
+        vectors = (torch.empty(config.in_chans), torch.empty(config.in_chans)) if pixels else (None, None)
     norms = module.norms
     stem = Stem(
         [conv.weight.to(dtype) for conv in module.convs],
@@ -61,15 +64,16 @@ def _conv_stem(config: ViTConfig, dtype: torch.dtype) -> None:
         [norm.bias for norm in norms],
         module.proj.weight.to(dtype),
         module.proj.bias.to(dtype),
-        *pixels,
+        *vectors,
         config.stem.strides,
         config.stem.paddings,
         1e-5,
         "",
     )
-    _, zs, vectors = conv_stem.forward(image, stem, None, *ends)
-    conv_stem.backward(dtokens, image, stem, zs, vectors, True, True, False)
-    conv_stem.infer(image, stem, [(norm.running_mean, norm.running_var) for norm in norms], *ends)
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
+    _, zs, of_layers = conv_stem.forward(image, stem, None if pixels else running, *ends)
+    conv_stem.backward(dtokens, image, stem, zs, of_layers, pixels, True, not pixels)
+    conv_stem.infer(image, stem, dtype, running, *ends)
 
 
 def _layers(config: ViTConfig) -> Iterator[tuple[int, int]]:
@@ -95,6 +99,9 @@ def calls(quick: bool) -> dict[str, Callable[[], None]]:
             found[label] = lambda c=channels, s=side, t=dtype: _bn_relu(c, s, t)
         for model in MODELS[:1] if quick else MODELS:
             found[f"conv_stem, {model}, {name}"] = lambda m=model, t=dtype: _conv_stem(preset(m), t)
+        for batch in () if quick else (16, 32, 64):
+            label = f"conv_stem, vitc_4gf, batch {batch}, frozen, from a normalised image, {name}"
+            found[label] = lambda n=batch, t=dtype: _conv_stem(preset("vitc_4gf"), t, n, pixels=False)
     return found
 
 

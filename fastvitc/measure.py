@@ -143,7 +143,13 @@ def compare(setting: Setting, op: str, backends: Sequence[str], rounds: int) -> 
             calls.pop(backend, None)
             results[backend] = Result(backend, reason=_line(failure))
     del truth
-    for backend, seconds in _time(calls, setting.device, rounds).items():
+    try:
+        times = _time(calls, setting.device, rounds)
+    except RuntimeError as error:
+        raise FastvitcError(
+            f"{op}: timing failed at batch {setting.batch_size}: {_line(error)}; take a smaller --batch-size"
+        ) from error
+    for backend, seconds in times.items():
         results[backend] = Result(backend, milliseconds=1e3 * seconds, error=results[backend].error)
     torch.compiler.reset()
     return list(results.values())

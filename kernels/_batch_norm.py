@@ -25,14 +25,17 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_shift(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The scale and the shift of the normalisation."""
+    """The scale and the shift of the normalisation, in the accumulation dtype."""
+    wide = accumulation_dtype(mean.dtype)
+    mean, var, weight, bias = (vector.to(wide) for vector in (mean, var, weight, bias))
     scale = weight * torch.rsqrt(var + eps)
     return scale, bias - mean * scale
 
 
 def layer_vectors(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(4, C): mean, variance, scale, shift."""
-    return torch.stack([mean, var, *scale_shift(mean, var, weight, bias, eps)])
+    scale, shift = scale_shift(mean, var, weight, bias, eps)
+    return torch.stack([mean.to(scale.dtype), var.to(scale.dtype), scale, shift])
 
 
 def normalize_relu(x: Tensor, vectors: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import sys
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from fastvitc import create_model
 from fastvitc.kernels import bn_relu
 from fastvitc.kernels._backend import BackendUnavailable
@@ -64,6 +65,13 @@ for f, e in zip(found, expected, strict=True):
 compare(
     [b for n in shared_stem.norms for b in n.buffers()], [b for n in stem.norms for b in n.buffers()]
 )
+plain = create_model("vitc_nano", num_classes=0, backend=backend).stem
+plain.load_state_dict(stem.state_dict())
+parallel = DistributedDataParallel(torch.compile(plain, fullgraph=True, backend="aot_eager"))
+(parallel(images[mine]) * weights[mine]).sum().backward()
+halves = [stemmed(plain, images[part], weights[part]) for part in (slice(0, 3), slice(3, 6))]
+for parameter, *parts in zip(plain.parameters(), *halves, strict=True):
+    torch.testing.assert_close(parameter.grad, sum(parts) / 2, rtol=1e-3, atol=1e-3 * parts[0].abs().max().item())
 try:
     bn_relu(x, *shared, torch.ones(5), torch.ones(5), True, process_group=dist.group.WORLD, backend="torch")
 except BackendUnavailable as error:

@@ -92,11 +92,13 @@ def _attention_fwd_kernel(
     BN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    image, head = tl.program_id(1) // N, tl.program_id(1) % N
+    # One axis: the others end at 65535 programs.
+    blocks = tl.cdiv(T, BM)
+    image, head = tl.program_id(0) // blocks // N, tl.program_id(0) // blocks % N
     dtype: tl.constexpr = qkv.dtype.element_ty
     width = N * D
     q_base = qkv + image.to(tl.int64) * T * 3 * width + head * D
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     columns = tl.arange(0, BD)
     q = _tile(q_base, rows, columns, 3 * width, T, D, INTERPRET)  # (BM, BD)
     top = tl.full((BM,), float("-inf"), tl.float32)
@@ -137,14 +139,15 @@ def _attention_bwd_kernel(
     BN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    image, head = tl.program_id(1) // N, tl.program_id(1) % N
+    blocks = key_blocks + tl.cdiv(T, BM)
+    image, head = tl.program_id(0) // blocks // N, tl.program_id(0) // blocks % N
     dtype: tl.constexpr = qkv.dtype.element_ty
     width = N * D
     packed = image.to(tl.int64) * T * 3 * width + head * D
     plain = image.to(tl.int64) * T * width + head * D
     lse_base = lse + (image.to(tl.int64) * N + head) * T
     columns = tl.arange(0, BD)
-    block = tl.program_id(0)
+    block = tl.program_id(0) % blocks
     if block < key_blocks:
         keys = block * BN + tl.arange(0, BN)
         k = _tile(qkv + packed + width, keys, columns, 3 * width, T, D, INTERPRET)  # (BN, BD)
@@ -160,6 +163,7 @@ def _attention_bwd_kernel(
             # A row past the end has q = do = 0: with lse = 0 its p is 1, and all it adds is 0.
             row_lse = tl.load(lse_base + rows, mask=rows < T, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # (BN, BM)
+            scores = tl.where((keys < T)[:, None], scores, float("-inf"))
             p = tl.exp2(scores - (row_lse * LOG2E)[None, :])
             dv = tl.dot(rounded(p, dtype, INTERPRET), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -180,7 +184,7 @@ def _attention_bwd_kernel(
             k = _tile(qkv + packed + width, keys, columns, 3 * width, T, D, INTERPRET)
             v = _tile(qkv + packed + 2 * width, keys, columns, 3 * width, T, D, INTERPRET)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # (BM, BN)
-            # A key past the end has k = 0: its p is not 0, but what it adds is.
+            scores = tl.where((keys < T)[None, :], scores, float("-inf"))
             p = tl.exp2(scores - (row_lse * LOG2E)[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = p * (dp - delta[:, None])
@@ -223,8 +227,9 @@ def _attention_bwd_resident_kernel(
         o = _tile(out + plain, rows, columns, width, T, D, INTERPRET)
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         row_lse = tl.load(lse_base + rows, mask=rows < T, other=0.0)
-        # Past the end k = q = do = 0: p is not 0 there, but all that it is multiplied with is.
+        # A key past the end would have p = exp(−lse), which may overflow; a row there has q = do = 0 and adds nothing.
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # (BN, BM)
+        scores = tl.where((keys < T)[:, None], scores, float("-inf"))
         p = tl.exp2(scores - (row_lse * LOG2E)[None, :])
         dv = tl.dot(rounded(p, dtype, INTERPRET), do, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -244,7 +249,7 @@ def forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     blocks = forward_blocks(qkv.dtype, head_dim)
     launch(
         _attention_fwd_kernel,
-        (triton.cdiv(tokens, blocks.BM), batch * num_heads),
+        (triton.cdiv(tokens, blocks.BM) * batch * num_heads,),
         qkv,
         out,
         lse,
@@ -281,7 +286,7 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int
         return dqkv
     blocks = backward_blocks(qkv.dtype, head_dim, arch)
     key_blocks = triton.cdiv(tokens, blocks.BN)
-    grid = key_blocks + triton.cdiv(tokens, blocks.BM), batch * num_heads
+    grid = ((key_blocks + triton.cdiv(tokens, blocks.BM)) * batch * num_heads,)
     arguments = *tensors, tokens, num_heads, scale, key_blocks
     launch(_attention_bwd_kernel, grid, *arguments, **sizes, **vars(blocks))
     return dqkv

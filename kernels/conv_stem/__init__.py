@@ -73,11 +73,14 @@ def conv_stem(
     Returns:
         Tokens (B, S, d) in the dtype that the convolution weights and `pos_embed` promote to.
 
+    The gradient cannot be differentiated again but by the backend torch.
     Convolutions accumulate and statistics run in float32 (float64 for float64 input). Triton and the reference save
     the image as it came, z_i in the dtype of the weights, and four vectors per channel; backward recomputes the rest.
     The Triton backend normalises and clips a layer's input while it loads it, leaves partial statistics of its output,
-    and in backward forms dz = A·dy' + B·z + C on load; `fastvitc.kernels.conv_stem.triton` has the algorithm. Its speed
-    is not measured on a GPU.
+    and in backward forms dz = A·dy' + B·z + C on load; `fastvitc.kernels.conv_stem.triton` has the algorithm.
+    From uint8 at 224 pixels, forward and backward, it moves 10.1 MB per image for the 1GF stem and 20.0 MB for the 4GF
+    stem, 0.54 and 0.55 of inductor's own count (counted at batch 128, `python -m bench.traffic`). Its speed is not
+    measured on a GPU.
 
     Raises:
         TypeError: a tensor of a dtype that does not fit (a uint8 image without its normalisation).
@@ -91,8 +94,8 @@ def conv_stem(
         bn_biases,
         proj_weight,
         proj_bias,
-        pixel_scale,
-        pixel_shift,
+        None if pixel_scale is None else pixel_scale.detach(),
+        None if pixel_shift is None else pixel_shift.detach(),
         strides,
         paddings,
         eps,
@@ -106,8 +109,9 @@ def conv_stem(
         room = library if backend == "torch" else composed
         return room.conv_stem(image, stem, *running, class_token, pos_embed, training, momentum)
     if backend == "triton":
-        check_triton("conv_stem", dtype)
-    if pixel_scale is None:
+        for tensor_dtype in (dtype, *(t.dtype for t in (class_token, pos_embed) if t is not None)):
+            check_triton("conv_stem", tensor_dtype)
+    if image.is_floating_point():
         image = autocast(image)
     if image.dtype not in (dtype, torch.uint8):
         raise TypeError(
@@ -117,7 +121,8 @@ def conv_stem(
     differentiable = image, *stem.packed()[0], class_token, pos_embed
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     ends = class_token, pos_embed, training, keep, dtype, backend
-    tokens, _, vectors = _forward(image, *stem.packed(), [*running_means, *running_vars], *ends)
+    statistics = [t.detach() for t in (*running_means, *running_vars)]
+    tokens, _, vectors = _forward(image, *stem.packed(), statistics, *ends)
     if training:
         processes = group_size(stem.group)
         with torch.no_grad():
@@ -143,13 +148,26 @@ def _check(
     }
     ends = {"class_token": class_token, "pos_embed": pos_embed, "proj_weight": stem.proj_weight}
     pixels = {"proj_bias": stem.proj_bias, "pixel_scale": stem.pixel_scale, "pixel_shift": stem.pixel_shift}
-    check_device("conv_stem", "image", image, **lists, **ends, **pixels)
-    check_floating("conv_stem", proj_weight=stem.proj_weight)
+    tensors = {name: t for name, t in {**lists, **ends, **pixels}.items() if t is not None}
+    check_device("conv_stem", "image", image, **tensors)
+    check_floating("conv_stem", **tensors)
+    dtypes = {weight.dtype for weight in (*stem.conv_weights, stem.proj_weight)}
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"conv_stem: the convolution weights must share a dtype, got {sorted(map(str, dtypes))}"
+        )
     lengths = [len(layer) for layer in layers] + [len(stem.strides) - 1, len(stem.paddings) - 1]
     if any(length != n for length in lengths):
         raise ValueError(
             "conv_stem: the five lists over the layers need n entries and strides and paddings n + 1, got "
             f"{lengths[:5]} and {len(stem.strides)}, {len(stem.paddings)}"
+        )
+    if not all(isinstance(size, int) and size >= 1 for size in stem.strides) or not all(
+        isinstance(size, int) and size >= 0 for size in stem.paddings
+    ):
+        raise ValueError(
+            "conv_stem: strides must be integers from 1 and paddings from 0, got "
+            f"{tuple(stem.strides)} and {tuple(stem.paddings)}"
         )
     channels = image.shape[1]
     for i, weight in enumerate([*stem.conv_weights, stem.proj_weight]):
@@ -166,7 +184,7 @@ def _check(
                 )
     grids = stem.grids(*image.shape[2:])
     (height, width), d = grids[-1], stem.proj_weight.shape[0]
-    if min(height, width) < 1:
+    if any(min(grid) < 1 for grid in grids):
         raise ValueError(f"conv_stem: an image of {image.shape[2]}x{image.shape[3]} leaves no tokens")
     if class_token is not None and class_token.shape != (1, 1, d):
         raise ValueError(f"conv_stem: class_token must be (1, 1, {d}), got {tuple(class_token.shape)}")
@@ -225,13 +243,14 @@ def _forward(
 
     The weights are cast in here, so that no copy of them is kept for the backward pass.
     """
-    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group).computing_in(dtype)
+    stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group)
     n = len(stem.conv_weights)
     statistics = None if training else list(zip(running[:n], running[n:], strict=True))
     room = _BACKENDS.room(backend)
     with torch.autocast(image.device.type, enabled=False):
         if statistics is not None and not keep:
-            return room.infer(image, stem, statistics, class_token, pos_embed).contiguous(), [], []
+            return room.infer(image, stem, dtype, statistics, class_token, pos_embed).contiguous(), [], []
+        stem = stem.computing_in(dtype)
         tokens, zs, vectors = room.forward(image, stem, statistics, class_token, pos_embed)
     zs = [z.contiguous(memory_format=torch.channels_last) for z in zs]
     wide = accumulation_dtype(dtype)
@@ -289,6 +308,10 @@ def _backward(
     backend: str,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """(dimage where it is needed, the gradients of `parameters`, dpos_embed)."""
+    if len(image) == 0:
+        dpos_embed = dtokens.new_zeros(1, *dtokens.shape[1:], dtype=accumulation_dtype(dtokens.dtype))
+        dimage = [torch.zeros_like(image)] if need_dimage else []
+        return dimage, [torch.zeros_like(p) for p in parameters], dpos_embed
     stem = Stem.unpacked(parameters, pixels, strides, paddings, eps, group).computing_in(dtype)
     with torch.autocast(image.device.type, enabled=False):
         dimage, dparameters, dpos_embed = _BACKENDS.room(backend).backward(
@@ -364,7 +387,9 @@ def _autograd(ctx, dtokens: Tensor | None, _dzs, _dvectors):
         [None] * len(pixels),
         *(None,) * len(ctx.geometry),
         [None] * (2 * len(zs)),
-        dpos_embed[:, :1].to(ctx.class_dtype) if has_class_token else None,
+        dpos_embed[:, :1].to(ctx.class_dtype, copy=True)
+        if has_class_token
+        else None,  # not a view of the next
         None if ctx.pos_dtype is None else dpos_embed.to(ctx.pos_dtype),
         *(None,) * 4,
     )

@@ -80,12 +80,13 @@ def forward(
 def infer(
     image: Tensor,
     stem: Stem,
+    dtype: torch.dtype,
     running: Sequence[tuple[Tensor, Tensor]],
     class_token: Tensor | None,
     pos_embed: Tensor | None,
 ) -> Tensor:
-    """The tokens in evaluation, where nothing is kept for a backward pass."""
-    return forward(image, stem, running, class_token, pos_embed)[0]
+    """The tokens in evaluation, where nothing is kept for a backward pass; convolutions are in `dtype`."""
+    return forward(image, stem.computing_in(dtype), running, class_token, pos_embed)[0]
 
 
 def backward(

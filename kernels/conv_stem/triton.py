@@ -87,6 +87,7 @@ def forward(
 def infer(
     image: Tensor,
     stem: Stem,
+    dtype: torch.dtype,
     running: Sequence[tuple[Tensor, Tensor]],
     class_token: Tensor | None,
     pos_embed: Tensor | None,
@@ -96,9 +97,10 @@ def infer(
         stem.conv_weights, stem.bn_weights, stem.bn_biases, running, strict=True
     ):
         scale, shift = scale_shift(mean, var, gamma, beta, stem.eps)
-        folded.append((weight * scale.view(-1, 1, 1, 1)).to(weight.dtype))
+        folded.append(weight * scale.view(-1, 1, 1, 1))
         biases.append(shift)
-    *convolutions, closing = _convolutions(image, stem._replace(conv_weights=folded))
+    stem = stem._replace(conv_weights=folded).computing_in(dtype)
+    *convolutions, closing = _convolutions(image, stem)
     source = _pixels(image, stem)
     for convolution, bias in zip(convolutions, biases, strict=True):
         source = Input(convolution.forward_relu(source, bias))

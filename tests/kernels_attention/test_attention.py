@@ -255,3 +255,18 @@ def test_the_librarys_kernels_are_asked_on_a_gpu_only_once_per_kind_of_input(mon
     )
     assert asked == [(torch.bfloat16, 64, False), (torch.float32, 64, False)]
     assert library.unfit("flash", "cpu", torch.float32, 64, False) is None
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 20), (torch.bfloat16, 20), (torch.float16, 8)])
+@pytest.mark.parametrize("tokens", [7, 50])
+def test_large_negative_scores_leave_the_gradient_finite(dtype, size, tokens):
+    direction = torch.ones(16) * size
+    q, k = direction + torch.rand(tokens, 16), -direction + torch.rand(tokens, 16)
+    qkv = torch.stack([q, k, torch.randn(tokens, 16)], 1).reshape(1, tokens, 48).to(dtype)
+    runs = [partial(attention, num_heads=1, backend=b) for b in ("triton", "torch")]
+    assert_no_worse_than_library(*runs, [qkv], [torch.randn(1, tokens, 16).to(dtype)], roundings=16)
+
+
+def test_heads_too_large_for_the_triton_kernels_are_refused():
+    with pytest.raises(BackendUnavailable, match="heads of up to 128, not 256"):
+        attention(torch.zeros(1, 2, 3 * 256), 1, backend="triton")

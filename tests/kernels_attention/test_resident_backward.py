@@ -86,3 +86,12 @@ def test_results_repeat_bitwise_and_equal_the_form_in_roles_closely():
 def test_what_does_not_fit_on_chip_is_done_in_roles(dtype, dim, tokens, arch):
     assert triton.resident_blocks(dtype, dim, tokens, arch) is None
     assert triton.resident_blocks(torch.bfloat16, 64, 256, "sm_90") is not None
+
+
+def test_large_negative_scores_leave_the_gradient_finite():
+    direction = 20.0 * torch.ones(16)
+    q, k = direction + torch.rand(7, 16), -direction + torch.rand(7, 16)
+    qkv = torch.stack([q, k, torch.randn(7, 16)], 1).reshape(1, 7, 48).bfloat16()
+    library = partial(attention, num_heads=1, backend="torch")
+    grad = torch.randn(1, 7, 16).bfloat16()
+    assert_no_worse_than_library(partial(resident, heads=1), library, [qkv], [grad], roundings=4)

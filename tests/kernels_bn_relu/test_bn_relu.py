@@ -76,6 +76,17 @@ def test_a_large_mean_does_not_cancel(backend):
     assert_no_worse_than_library(runner(True, backend, 4), by_library(True, 4), args)
 
 
+@pytest.mark.parametrize("backend", OWN)
+def test_bfloat16_parameters_are_computed_with_in_float32(backend):
+    x = 6 + 0.1 * torch.randn(2, 4, 5, 5)
+    vectors = [
+        v.bfloat16() for v in (torch.full((4,), 6.0), torch.full((4,), 0.01), torch.ones(4), torch.zeros(4))
+    ]
+    found = bn_relu(x.bfloat16(), *vectors, backend=backend)
+    exact = F.relu(F.batch_norm(x.bfloat16().double(), *(v.double() for v in vectors)))
+    assert (found - exact).abs().max() < 1e-2 * exact.max()
+
+
 @pytest.mark.parametrize("backend", EXACT)
 @settings(max_examples=15, deadline=None)
 @given(

@@ -347,6 +347,14 @@ def test_autocast_keeps_statistics_and_positions_in_float32(backend, training):
             TypeError,
             "uint8 with pixel_scale and pixel_shift, got torch.uint8 without them",
         ),
+        ({"strides": (2, 0, 1)}, ValueError, r"strides must be integers from 1 .* got \(2, 0, 1\)"),
+        ({"paddings": (1, -1, 0)}, ValueError, "paddings from 0"),
+        (
+            {"bn_biases": [torch.zeros(8).int(), torch.zeros(16)]},
+            TypeError,
+            r"bn_biases\[0\] must be a floating",
+        ),
+        ({"proj_weight": torch.zeros(24, 16, 1, 1).half()}, TypeError, "must share a dtype"),
         ({"pixel_scale": torch.ones(3)}, ValueError, "go together, got only pixel_scale"),
         (
             {"pixel_scale": torch.ones(2), "pixel_shift": torch.zeros(3)},
@@ -382,6 +390,38 @@ def test_bad_input_raises_one_clear_error(change, error, words):
     arguments |= {"strides": (2, 2, 1), "paddings": (1, 1, 0)} | change | moved
     with pytest.raises(error, match=words):
         conv_stem(**arguments)
+
+
+@pytest.mark.parametrize("backend", OWN)
+def test_the_gradients_of_class_token_and_positions_add_up_apart(backend):
+    case = CASES["odd-sides"]
+    args = [t.requires_grad_() for t in case.inputs(torch.float32)]
+    run = torch.compile(case.ours(backend, False), backend="aot_eager")
+    once = torch.autograd.grad(case.ours(backend, False)(*args).sum(), args)
+    for _ in range(2):
+        run(*args).sum().backward()
+    class_token, positions = args[-2:]
+    assert class_token.grad.untyped_storage().data_ptr() != positions.grad.untyped_storage().data_ptr()
+    for tensor, gradient in zip(args, once, strict=True):
+        torch.testing.assert_close(tensor.grad, 2 * gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", OWN)
+def test_no_images_give_no_tokens_and_zero_gradients(backend):
+    case = CASES["odd-sides"]
+    image, *rest = case.inputs(torch.float32)
+    found = outputs_and_gradients(case.ours(backend, False), [image[:0], *rest])
+    assert found[0].shape == (0, case.tokens(), case.width)
+    assert not any(gradient.any() for gradient in found[1:])
+
+
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+def test_a_layer_without_output_is_refused(backend):
+    case = Case((3, 4), (1,), 4, (2, 2))
+    image, convs, *rest = case.split(case.inputs(torch.float32))
+    sizes = {"strides": (1, 1), "paddings": (0, 1), "backend": backend}
+    with pytest.raises(ValueError, match="an image of 2x2 leaves no tokens"):
+        conv_stem(image, convs, *rest[:-1], None, **sizes)
 
 
 def test_an_image_without_tokens_is_refused():
