@@ -263,8 +263,15 @@ def test_large_negative_scores_leave_the_gradient_finite(dtype, size, tokens):
     direction = torch.ones(16) * size
     q, k = direction + torch.rand(tokens, 16), -direction + torch.rand(tokens, 16)
     qkv = torch.stack([q, k, torch.randn(tokens, 16)], 1).reshape(1, tokens, 48).to(dtype)
-    runs = [partial(attention, num_heads=1, backend=b) for b in ("triton", "torch")]
-    assert_no_worse_than_library(*runs, [qkv], [torch.randn(1, tokens, 16).to(dtype)], roundings=16)
+    grad = torch.randn(1, tokens, 16).to(dtype)
+    found = outputs_and_gradients(partial(attention, num_heads=1, backend="triton"), [qkv], [grad])
+    exact = outputs_and_gradients(partial(by_steps, heads=1), [qkv.double()], [grad])
+    for f, e in zip(
+        found, exact, strict=True
+    ):  # scores in the thousands carry errors of a thousand roundings
+        torch.testing.assert_close(
+            f.double(), e, rtol=0, atol=3000 * torch.finfo(dtype).eps * e.abs().max().item()
+        )
 
 
 def test_heads_too_large_for_the_triton_kernels_are_refused():
