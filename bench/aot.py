@@ -107,7 +107,10 @@ def _target(arch: str) -> GPUTarget:
 
 def _compile(arch: str, kernel, grid: tuple[int, ...], *args: object, options: dict) -> Kernel:
     names = kernel.arg_names
-    launch = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
+    choices = (
+        ("num_warps", "num_stages", "maxnreg") if arch.startswith("sm_") else ("num_warps", "num_stages")
+    )
+    launch = {k: options[k] for k in choices if k in options}
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
     values["INTERPRET"] = False
     signature, constants, attributes = {}, {}, {}

@@ -26,8 +26,13 @@ _architecture: str | None = None
 
 
 def launch(kernel, grid: tuple[int, ...], *args: object, **options: object) -> None:
-    """Start a kernel on the device of its first tensor, wherever the current device is."""
+    """Start a kernel on the device of its first tensor, wherever the current device is.
+
+    `maxnreg`, registers that a thread may use, is for NVIDIA's compiler alone.
+    """
     device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type == "cpu" or torch.version.hip is not None:
+        options.pop("maxnreg", None)
     if device.type == "cuda":
         with torch.cuda.device(device):
             _launch(kernel, grid, *args, INTERPRET=False, **options)

@@ -78,3 +78,27 @@ def test_float64_is_refused_before_any_launch():
     for call in calls:
         with pytest.raises(TypeError, match="triton backend takes float32, float16 or bfloat16"):
             call()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph is captured on a GPU")
+def test_a_captured_step_replays_to_the_gradients_of_an_eager_one():
+    model = create_model("vitc_nano", num_classes=10, backend="triton").to(DEVICE)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    image = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            return torch.autograd.grad(model(image).float().square().sum(), list(model.parameters()))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for e, f in zip(expected, captured, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-2, atol=1e-2)

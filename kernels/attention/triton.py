@@ -32,6 +32,7 @@ class Blocks:
     BN: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 255  # left alone, the compiler spills a few registers to make room for more programs
 
 
 def forward_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
