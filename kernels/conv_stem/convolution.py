@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvitc.kernels._triton import launch, load, relu, rounded, store
 from fastvitc.kernels._triton_batch_norm import tile_statistics
+from fastvitc.kernels.conv_stem.stem import output_size
 from fastvitc.kernels.conv_stem.tiles import (
     forward_tiles,
     input_gradient_tiles,
@@ -434,9 +435,7 @@ class Convolution:
     def __init__(self, input_shape: Sequence[int], weight: Tensor, stride: int, padding: int) -> None:
         self._batch, channels, height, width = input_shape
         kernel = weight.shape[2:]
-        out = [
-            (side + 2 * padding - k) // stride + 1 for side, k in zip((height, width), kernel, strict=True)
-        ]
+        out = output_size((height, width), weight, stride, padding)
         self._weight = weight.contiguous(memory_format=torch.channels_last)
         self._sizes = {
             "OH": out[0],

@@ -7,6 +7,15 @@ import torch
 from torch import Tensor
 
 
+def output_size(size: Sequence[int], weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    """(height, width) of a convolution's output for an input of `size` and a weight (N, C, KH, KW)."""
+    height, width = (
+        (side + 2 * padding - kernel) // stride + 1
+        for side, kernel in zip(size, weight.shape[2:], strict=True)
+    )
+    return height, width
+
+
 class Stem(NamedTuple):
     """Parameters and geometry. Lists run over the n layers, `strides` and `paddings` over the n + 1 convolutions.
 
@@ -31,10 +40,7 @@ class Stem(NamedTuple):
         sizes = []
         weights = [*self.conv_weights, self.proj_weight]
         for weight, stride, padding in zip(weights, self.strides, self.paddings, strict=True):
-            height, width = (
-                (side + 2 * padding - kernel) // stride + 1
-                for side, kernel in zip((height, width), weight.shape[2:], strict=True)
-            )
+            height, width = output_size((height, width), weight, stride, padding)
             sizes.append((height, width))
         return sizes
 
