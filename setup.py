@@ -30,10 +30,11 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["fastvitc", "fastvitc.*"]),
-    package_data={"fastvitc": ["py.typed"]},
+    package_data={"fastvitc": ["py.typed"], "": ["*.cpp", "*.h"]},
     python_requires=">=3.10",
     install_requires=[
         "matplotlib>=3.8",
+        "ninja>=1.11",
         "numpy>=1.26",
         "pillow>=10",
         "pyyaml>=6",

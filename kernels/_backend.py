@@ -4,7 +4,7 @@ An explicit backend is used or raises `BackendUnavailable`; it never falls back.
 `fastvitc-tune` measured fastest on the device where that can run, else the first in the op's order that can.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from fastvitc.errors import UsageError
+from fastvitc.kernels._checks import takes
 from fastvitc.kernels._choices import measured
 
 #: A backend for every op, or {op: backend} with "auto" for the ops left out, also as text: "op=backend,op=backend".
@@ -52,10 +53,14 @@ class Backends:
         check = self.obstacle.get(backend)
         return check(device_type) if check else None
 
+    def _ordered(self, device_type: str) -> Iterator[str]:
+        """The backends that can run on `device_type`, the preferred ones first, each asked when its turn comes."""
+        order = self.order.get(device_type, self.order["default"])
+        return (b for b in dict.fromkeys((*order, *self.rooms)) if self.why_not(b, device_type) is None)
+
     def usable(self, device_type: str) -> list[str]:
         """The backends that can run on `device_type`, the preferred ones first."""
-        order = self.order.get(device_type, self.order["default"])
-        return [b for b in dict.fromkeys((*order, *self.rooms)) if self.why_not(b, device_type) is None]
+        return list(self._ordered(device_type))
 
     def resolve(self, requested: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
         """The name of the backend to run for a request on a device; BackendUnavailable when there is none.
@@ -73,7 +78,7 @@ class Backends:
         fastest = measured(device, dtype).get(self.op)
         if fastest is not None and self.why_not(fastest.backend, device.type) is None:
             return fastest.backend
-        return self.usable(device.type)[0]
+        return next(b for b in self._ordered(device.type) if takes(b, dtype))
 
 
 def no_triton(device_type: str) -> str | None:

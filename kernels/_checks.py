@@ -4,11 +4,21 @@ import torch
 from torch import Tensor
 
 
-def check_triton(op: str, dtype: torch.dtype) -> None:
-    """Raise TypeError for a dtype that the Triton kernels do not compute in."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+#: Backends that are this library's own kernels, and the dtypes that those compute in.
+_KERNELS = ("triton", "native")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def takes(backend: str, dtype: torch.dtype | None) -> bool:
+    """Whether a backend computes in a dtype; None is any that it may be asked for."""
+    return backend not in _KERNELS or dtype is None or dtype in _KERNEL_DTYPES
+
+
+def check_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
+    """Raise TypeError for a dtype that the backend does not compute in."""
+    if not takes(backend, dtype):
         raise TypeError(
-            f"{op}: the triton backend takes float32, float16 or bfloat16, got {dtype}; use the backend reference"
+            f"{op}: the {backend} backend takes float32, float16 or bfloat16, got {dtype}; use the backend reference"
         )
 
 

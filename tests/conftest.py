@@ -10,6 +10,8 @@ else:
 
 import pytest
 
+from fastvitc.kernels._native import no_native
+
 # One thread per test process: the suite runs in parallel processes instead.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _native_library():
+    """Loaded, and built if need be, once for all test processes: before each test gets an empty cache folder."""
+    no_native("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastvitc.kernels._backend import Backends, BackendUnavailable, Choice, no_triton, requested, resolve
-from fastvitc.kernels._checks import check_floating, check_triton
+from fastvitc.kernels._checks import check_floating, check_dtype
 from fastvitc.kernels._dtype import accumulation_dtype, autocast
+from fastvitc.kernels._native import no_native
 from fastvitc.kernels.attention import library
 
 
@@ -20,11 +21,15 @@ def _no_xformers(device_type: str) -> str | None:
 
 _BACKENDS = Backends(
     op="attention",
-    order={"default": ("torch", "flash", "efficient", "cudnn", "xformers", "triton", "reference")},
+    order={
+        "cpu": ("native", "torch", "flash", "triton", "reference"),
+        "default": ("torch", "flash", "efficient", "cudnn", "xformers", "triton", "reference"),
+    },
     rooms={
         **dict.fromkeys(library.KERNELS, "library"),
         "xformers": "xformers",
         "triton": "triton",
+        "native": "native",
         "reference": "reference",
     },
     obstacle={
@@ -33,6 +38,7 @@ _BACKENDS = Backends(
         "cudnn": library.no_cudnn,
         "xformers": _no_xformers,
         "triton": no_triton,
+        "native": no_native,
     },
 )
 
@@ -46,17 +52,19 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
         num_heads: N.
         scale: factor on the scores; 1/sqrt(D) by default.
         backend: "auto", "torch" (`scaled_dot_product_attention`), "flash", "efficient" or "cudnn" (that one kernel
-            of it), "xformers", "triton" or "reference"; or a mapping from ops to such names.
+            of it), "xformers", "triton", "native" (this library's CPU kernels) or "reference"; or a mapping from ops
+            to such names.
 
     Returns:
         (B, T, N·D) in the dtype of `qkv`, heads in order.
 
     The sums run in float32 (float64 for float64 input). Backward, with P = exp(scale·QKᵀ − lse):
     dV = Pᵀ dO, dS = scale · P ∘ (dO Vᵀ − rowsum(dO ∘ O)), dQ = dS K, dK = dSᵀ Q, returned as one packed gradient.
-    Triton, xformers and the reference save qkv, the output and the row log-sum-exp (B, N, T); P is recomputed, by
+    All but PyTorch's save qkv, the output and the row log-sum-exp (B, N, T); P is recomputed, by
     the reference in memory of O(B·N·T²). The Triton kernels read the packed projection and write the packed gradient
     in place: forward and backward move 1.005 times the bytes of reading qkv, out and dout and writing out and dqkv
-    once (1GF to 36GF; counted, `python -m bench.traffic`). Their speed is not measured on a GPU.
+    once (1GF to 36GF; counted, `python -m bench.traffic`). Their speed is not measured on a GPU. The native kernels
+    compute one (image, head) at a time in a core's cache; `bench/LOG.md` has their speed.
 
     Raises:
         TypeError: `qkv` is not floating point.
@@ -78,8 +86,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     if scale is None:
         scale = head_dim**-0.5
     name = resolve("attention", backend, qkv.device.type, qkv.dtype)
-    if name == "triton":
-        check_triton("attention", qkv.dtype)
+    check_dtype("attention", name, qkv.dtype)
     if name in ("xformers", "triton") or library.KERNELS.get(name) is not None:
         gradient = torch.is_grad_enabled() and qkv.requires_grad
         name = _fitting(name, backend, qkv.device.type, qkv.dtype, head_dim, gradient)

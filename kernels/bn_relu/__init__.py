@@ -6,7 +6,7 @@ from torch.distributed import ProcessGroup
 
 from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._checks import check_device, check_floating, check_triton
+from fastvitc.kernels._checks import check_device, check_floating, check_dtype
 from fastvitc.kernels._dtype import accumulation_dtype
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.bn_relu import library
@@ -77,8 +77,7 @@ def bn_relu(
         raise ValueError(f"bn_relu: training needs more than one value per channel, got x {tuple(x.shape)}")
     group = group_name(process_group) if training else ""
     backend = (synchronizing if group else resolve)("bn_relu", backend, x.device.type, x.dtype)
-    if backend == "triton":
-        check_triton("bn_relu", x.dtype)
+    check_dtype("bn_relu", backend, x.dtype)
     if backend == "torch":
         return library.bn_relu(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y, vectors = _forward(x, running_mean, running_var, weight, bias, training, eps, group, backend)

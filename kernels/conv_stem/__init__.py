@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._checks import check_device, check_floating, check_triton
+from fastvitc.kernels._checks import check_device, check_floating, check_dtype
 from fastvitc.kernels._dtype import accumulation_dtype, autocast, autocast_dtype
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.conv_stem import composed, library
@@ -108,9 +108,8 @@ def conv_stem(
     if backend in ("torch", "bn_relu"):
         room = library if backend == "torch" else composed
         return room.conv_stem(image, stem, *running, class_token, pos_embed, training, momentum)
-    if backend == "triton":
-        for tensor_dtype in (dtype, *(t.dtype for t in (class_token, pos_embed) if t is not None)):
-            check_triton("conv_stem", tensor_dtype)
+    for tensor_dtype in (dtype, *(t.dtype for t in (class_token, pos_embed) if t is not None)):
+        check_dtype("conv_stem", backend, tensor_dtype)
     if image.is_floating_point():
         image = autocast(image)
     if image.dtype not in (dtype, torch.uint8):

@@ -10,7 +10,7 @@ from oracle import assert_no_worse_than_library, outputs_and_gradients
 
 from fastvitc.kernels import BackendUnavailable, Measured, attention, record
 
-OWN = ["reference", "triton"]
+OWN = ["reference", "triton", "native"]
 FLASH = [] if torch.cuda.is_available() else ["flash"]  # which takes 16 bits only on a GPU
 EXACT = ["reference", "torch", *FLASH]  # compute in float64 too
 pytestmark = pytest.mark.usefixtures("nan_memory", "kernel_device")

@@ -1,0 +1,253 @@
+// Attention on the packed projection: forward and backward of one (image, head) at a time, each in one thread's cache.
+//
+// B batch, T tokens, N heads, D head dim; tokens and dims of scratch matrices are padded with zeros. A block of rows has
+// its whole rows of scores at hand (kRows by T), so that nothing is rescaled.
+// Scores, sums and gradients are float32; the operands of products are bfloat16 where those run as such.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+
+#include "../native.h"
+
+namespace fastvitc {
+namespace {
+
+constexpr int64_t kRows = 32;
+
+// `t` and `d`: tokens and dims as scratch is laid out; `columns` and `depth`: those of them that a product writes as its
+// right dimension and sums over. Between `columns` and `t` scratch stays zero.
+struct Shape {
+  int64_t tokens, heads, dim;
+  int64_t t = round_up(tokens, kTile), d = round_up(dim, kTile);
+  int64_t columns = round_up(tokens, 16), depth = round_up(tokens, 2);
+};
+
+// exp to about the accuracy of what is done with it: bfloat16 products of it, or float32 ones.
+template <typename M>
+inline Vec exponential(const Vec& x) {
+  if constexpr (std::is_same_v<M, float>) {
+    return x.exp();
+  } else {
+    return x.exp_u20();
+  }
+}
+
+// The rows of one head, `stride` apart, to a dense (t, d) matrix with zeros around them.
+template <typename T, typename M>
+void gather(const T* from, int64_t stride, const Shape& s, M* to) {
+  for (int64_t row = 0; row < s.tokens; ++row) {
+    convert(from + row * stride, to + row * s.d, s.dim);
+    std::fill_n(to + row * s.d + s.dim, s.d - s.dim, M(0));
+  }
+  std::fill_n(to + s.tokens * s.d, (s.t - s.tokens) * s.d, M(0));
+}
+
+// Scores of one query to exp(scale * score - max) in the products' dtype; returns (max, sum).
+template <typename M>
+std::pair<float, float> softmax_row(float* scores, M* p, float scale, const Shape& s) {
+  for (int64_t j = 0; j < s.t; j += kLane) (Vec::loadu(scores + j) * Vec(scale)).store(scores + j);
+  std::fill(scores + s.tokens, scores + s.t, -std::numeric_limits<float>::infinity());
+  Vec top = Vec::loadu(scores);
+  for (int64_t j = kLane; j < s.t; j += kLane) top = at::vec::maximum(top, Vec::loadu(scores + j));
+  const float max = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+  Vec total(0);
+  for (int64_t j = 0; j < s.t; j += 2 * kLane) {
+    auto [lo, hi] = load_pair(scores + j);
+    lo = exponential<M>(lo - Vec(max));
+    hi = exponential<M>(hi - Vec(max));
+    total = total + (lo + hi);
+    store_pair(p + j, lo, hi);
+  }
+  return {max, sum(total)};
+}
+
+// out (T, N*D) and lse (T) of one head.
+template <typename T, typename M>
+class Forward {
+ public:
+  explicit Forward(const Shape& s)
+      : s_(s), q_(s.t * s.d), rows_(s.t * s.d), k_(s.t * s.d), v_(s.t * s.d), scores_(kRows * s.t), p_(kRows * s.t), o_(kRows * s.d) {}
+
+  void operator()(const T* qkv, float scale, T* out, float* lse) {
+    const int64_t width = s_.heads * s_.dim;
+    gather<T, M>(qkv, 3 * width, s_, q_);
+    gather<T, M>(qkv + width, 3 * width, s_, rows_);
+    pack_transposed<M>(rows_, s_.t, s_.d, k_);
+    gather<T, M>(qkv + 2 * width, 3 * width, s_, rows_);
+    pack<M>(rows_, s_.t, s_.d, v_);
+    for (int64_t first = 0; first < s_.tokens; first += kRows) {
+      const int64_t rows = std::min(kRows, s_.tokens - first);
+      multiply<M>(rows, s_.columns, s_.d, q_ + first * s_.d, s_.d, k_, s_.t, scores_, s_.t, false);
+      float sums[kRows];
+      for (int64_t row = 0; row < rows; ++row) {
+        auto [max, total] = softmax_row<M>(scores_ + row * s_.t, p_ + row * s_.t, scale, s_);
+        sums[row] = total;
+        lse[first + row] = max + std::log(total);
+      }
+      multiply<M>(rows, s_.d, s_.depth, p_, s_.t, v_, s_.d, o_, s_.d, false);
+      for (int64_t row = 0; row < rows; ++row) {
+        float* o = o_ + row * s_.d;
+        for (int64_t j = 0; j < s_.d; j += kLane) (Vec::loadu(o + j) / Vec(sums[row])).store(o + j);
+        convert<float, T>(o, out + (first + row) * width, s_.dim);
+      }
+    }
+  }
+
+ private:
+  Shape s_;
+  Scratch<M> q_, rows_, k_, v_;
+  Scratch<float> scores_;
+  Scratch<M> p_;
+  Scratch<float> o_;
+};
+
+// dqkv (T, 3*N*D) of one head. Scores are transposed, keys by queries, so that the probabilities and their gradients
+// come out as the left operands of dV = P^T dO and dK = dS^T Q. dQ^T = K^T dS^T grows over the blocks of keys.
+template <typename T, typename M>
+class Backward {
+ public:
+  explicit Backward(const Shape& s)
+      : s_(s), rows_(s.t * s.d), k_(s.t * s.d), v_(s.t * s.d), kt_(s.t * s.d), qt_(s.t * s.d), dot_(s.t * s.d),
+        q_(s.t * s.d), do_(s.t * s.d), p_(kRows * s.t), ds_(kRows * s.t), ds_packed_(kRows * s.t),
+        scores_(kRows * s.t), dp_(kRows * s.t), lse_(s.t), delta_(s.t), dqt_(s.t * s.d), grad_(s.t * s.d) {}
+
+  void operator()(const T* dout, const T* qkv, const T* out, const float* lse, float scale, T* dqkv) {
+    const int64_t width = s_.heads * s_.dim;
+    gather<T, M>(qkv, 3 * width, s_, rows_);
+    pack_transposed<M>(rows_, s_.t, s_.d, qt_);
+    pack<M>(rows_, s_.t, s_.d, q_);
+    gather<T, M>(dout, width, s_, rows_);
+    pack_transposed<M>(rows_, s_.t, s_.d, dot_);
+    pack<M>(rows_, s_.t, s_.d, do_);
+    gather<T, M>(qkv + width, 3 * width, s_, k_);
+    pack_transposed<M>(k_, s_.t, s_.d, rows_);
+    unpack<M>(rows_, s_.d, s_.t, kt_);
+    gather<T, M>(qkv + 2 * width, 3 * width, s_, v_);
+    for (int64_t row = 0; row < s_.tokens; ++row) delta_[row] = dot(dout + row * width, out + row * width);
+    std::fill_n(delta_ + s_.tokens, s_.t - s_.tokens, 0.0f);
+    std::copy_n(lse, s_.tokens, lse_ + 0);
+    std::fill_n(lse_ + s_.tokens, s_.t - s_.tokens, std::numeric_limits<float>::infinity());
+    for (int64_t first = 0; first < s_.tokens; first += kRows) {
+      const int64_t rows = std::min(kRows, s_.tokens - first), depth = round_up(rows, 2);
+      multiply<M>(depth, s_.columns, s_.d, k_ + first * s_.d, s_.d, qt_, s_.t, scores_, s_.t, false);
+      multiply<M>(depth, s_.columns, s_.d, v_ + first * s_.d, s_.d, dot_, s_.t, dp_, s_.t, false);
+      for (int64_t row = 0; row < depth; ++row) probabilities(row, scale);
+      pack<M>(ds_, depth, s_.t, ds_packed_);
+      multiply<M>(s_.d, s_.columns, depth, kt_ + first, s_.t, ds_packed_, s_.t, dqt_, s_.t, first > 0);
+      T* dk = dqkv + first * 3 * width + width;
+      multiply<M>(rows, s_.d, s_.depth, ds_, s_.t, q_, s_.d, grad_, s_.d, false);
+      scatter(dk, rows);
+      multiply<M>(rows, s_.d, s_.depth, p_, s_.t, do_, s_.d, grad_, s_.d, false);
+      scatter(dk + width, rows);
+    }
+    transpose(dqt_, s_.t, grad_, s_.d, s_.d, s_.t);
+    scatter(dqkv, s_.tokens);
+  }
+
+ private:
+  // One key's row of P^T = exp(scale * scores - lse) and dS^T = scale * P^T (dP^T - delta).
+  void probabilities(int64_t row, float scale) {
+    const int64_t at = row * s_.t;
+    const Vec factor(scale);
+    for (int64_t j = 0; j < s_.t; j += 2 * kLane) {
+      auto [x0, x1] = load_pair(scores_ + at + j);
+      auto [l0, l1] = load_pair(lse_ + j);
+      auto [g0, g1] = load_pair(dp_ + at + j);
+      auto [e0, e1] = load_pair(delta_ + j);
+      const Vec p0 = exponential<M>(at::vec::fmsub(x0, factor, l0));
+      const Vec p1 = exponential<M>(at::vec::fmsub(x1, factor, l1));
+      store_pair(p_ + at + j, p0, p1);
+      store_pair(ds_ + at + j, p0 * factor * (g0 - e0), p1 * factor * (g1 - e1));
+    }
+  }
+
+  float dot(const T* a, const T* b) {
+    Vec total(0);
+    for (int64_t i = 0; i < s_.dim; i += 2 * kLane) {
+      const int64_t count = std::min(2 * kLane, s_.dim - i);
+      const auto [a0, a1] = count == 2 * kLane ? load_pair(a + i) : load_pair(a + i, count);
+      const auto [b0, b1] = count == 2 * kLane ? load_pair(b + i) : load_pair(b + i, count);
+      total = at::vec::fmadd(a0, b0, at::vec::fmadd(a1, b1, total));
+    }
+    return sum(total);
+  }
+
+  // The first `rows` rows of grad_ to rows of the packed gradient.
+  void scatter(T* to, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      convert<float, T>(grad_ + row * s_.d, to + row * 3 * s_.heads * s_.dim, s_.dim);
+    }
+  }
+
+  Shape s_;
+  Scratch<M> rows_, k_, v_, kt_, qt_, dot_, q_, do_, p_, ds_, ds_packed_;
+  Scratch<float> scores_, dp_, lse_, delta_, dqt_, grad_;
+};
+
+// `head` for each (image, head), on all threads; each has its own Kernel.
+template <typename Kernel, typename M, typename Head>
+void for_each_head(int64_t batch, const Shape& s, const Head& head) {
+  at::parallel_for(0, batch * s.heads, 1, [&](int64_t begin, int64_t end) {
+    Kernel kernel(s);
+    for (int64_t i = begin; i < end; ++i) head(kernel, i / s.heads, i % s.heads);
+    release<M>();
+  });
+}
+
+// `run` with null pointers of the tensor's dtype and of the dtype that its products are computed in.
+template <typename Run>
+void dispatch(const at::Tensor& tensor, const Run& run) {
+  if (tensor.scalar_type() == at::kFloat) return run(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+  if (tensor.scalar_type() == at::kHalf) return run(static_cast<Half*>(nullptr), static_cast<float*>(nullptr));
+  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, "fastvitc: no kernel for ", tensor.scalar_type());
+  if (bfloat16_products()) return run(static_cast<BFloat16*>(nullptr), static_cast<BFloat16*>(nullptr));
+  run(static_cast<BFloat16*>(nullptr), static_cast<float*>(nullptr));
+}
+
+void attention_forward(const at::Tensor& qkv, int64_t heads, double scale, at::Tensor out, at::Tensor lse) {
+  const Shape s{qkv.size(1), heads, qkv.size(2) / (3 * heads)};
+  dispatch(qkv, [&](auto* value, auto* product) {
+    using T = std::remove_pointer_t<decltype(value)>;
+    using M = std::remove_pointer_t<decltype(product)>;
+    const T* in = qkv.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    float* sums = lse.mutable_data_ptr<float>();
+    for_each_head<Forward<T, M>, M>(qkv.size(0), s, [&](auto& kernel, int64_t b, int64_t h) {
+      const int64_t row = b * s.tokens * s.heads * s.dim, column = h * s.dim;
+      kernel(in + 3 * row + column, scale, to + row + column, sums + (b * s.heads + h) * s.tokens);
+    });
+  });
+}
+
+void attention_backward(
+    const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out, const at::Tensor& lse, int64_t heads,
+    double scale, at::Tensor dqkv) {
+  const Shape s{qkv.size(1), heads, qkv.size(2) / (3 * heads)};
+  dispatch(qkv, [&](auto* value, auto* product) {
+    using T = std::remove_pointer_t<decltype(value)>;
+    using M = std::remove_pointer_t<decltype(product)>;
+    const T *dy = dout.const_data_ptr<T>(), *in = qkv.const_data_ptr<T>(), *y = out.const_data_ptr<T>();
+    const float* sums = lse.const_data_ptr<float>();
+    T* to = dqkv.mutable_data_ptr<T>();
+    for_each_head<Backward<T, M>, M>(qkv.size(0), s, [&](auto& kernel, int64_t b, int64_t h) {
+      const int64_t at = b * s.tokens * s.heads * s.dim, column = h * s.dim;
+      kernel(dy + at + column, in + 3 * at + column, y + at + column, sums + (b * s.heads + h) * s.tokens, scale,
+             to + 3 * at + column);
+    });
+  });
+}
+
+TORCH_LIBRARY_FRAGMENT(fastvitc_native, library) {
+  library.def("attention_forward(Tensor qkv, int heads, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
+              &attention_forward);
+  library.def("attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int heads, float scale, "
+              "Tensor(a!) dqkv) -> ()",
+              &attention_backward);
+}
+
+}  // namespace
+}  // namespace fastvitc
