@@ -1,10 +1,11 @@
 """The transformer encoder's modules. B batch, T tokens, C width."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvitc.errors import UsageError
-from fastvitc.kernels import Choice, attention, requested
+from fastvitc.kernels import Choice, add_layer_norm, attention, bias_gelu, requested
 
 
 class Attention(nn.Module):
@@ -34,12 +35,18 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, exact GELU, linear.
 
-    def __init__(self, width: int, hidden: int) -> None:
+    Args:
+        width: C.
+        hidden: outputs of the first layer.
+        backend: passed to `fastvitc.kernels.bias_gelu`.
+    """
+
+    def __init__(self, width: int, hidden: int, *, backend: Choice = "auto") -> None:
         super().__init__()
+        self.backend = requested("bias_gelu", backend)
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
@@ -47,7 +54,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        return self.fc2(self.act(self.fc1(x)))
+        hidden = F.linear(x, self.fc1.weight)
+        return self.fc2(bias_gelu(hidden, self.fc1.bias, backend=self.backend))
 
 
 class DropPath(nn.Module):
@@ -76,13 +84,18 @@ class Block(nn.Module):
         self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0, *, backend: Choice = "auto"
     ) -> None:
         super().__init__()
+        self.backend = requested("add_layer_norm", backend)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, backend=backend)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, mlp_width)
+        self.mlp = Mlp(width, mlp_width, backend=backend)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self._add_norm(x, None, self.norm1)
+        x, y = self._add_norm(x, self.drop_path(self.attn(y)), self.norm2)
+        return x + self.drop_path(self.mlp(y))
+
+    def _add_norm(self, x: Tensor, branch: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, backend=self.backend)

@@ -2,7 +2,9 @@
 
 from fastvitc.kernels._backend import BackendUnavailable, Choice, availability, candidates, chosen, requested
 from fastvitc.kernels._choices import Measured, cpu_name, measured, record
+from fastvitc.kernels.add_layer_norm import add_layer_norm
 from fastvitc.kernels.attention import attention
+from fastvitc.kernels.bias_gelu import bias_gelu
 from fastvitc.kernels.bn_relu import bn_relu
 from fastvitc.kernels.conv_stem import conv_stem
 
@@ -10,8 +12,10 @@ __all__ = [
     "BackendUnavailable",
     "Choice",
     "Measured",
+    "add_layer_norm",
     "attention",
     "availability",
+    "bias_gelu",
     "bn_relu",
     "candidates",
     "chosen",

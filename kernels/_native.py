@@ -137,8 +137,6 @@ def _compile(folder: Path, flags: list[str]) -> None:
                 named.parent.mkdir()
                 files.append(str(named))
             shutil.copyfile(source, named)
-        load(
-            _NAMESPACE, files, extra_cflags=flags, build_directory=str(folder), is_python_module=False
-        )
+        load(_NAMESPACE, files, extra_cflags=flags, build_directory=str(folder), is_python_module=False)
     finally:
         logger.setLevel(level)

@@ -4,14 +4,13 @@
 // its whole rows of scores at hand (kRows by T), so that nothing is rescaled.
 // Scores, sums and gradients are float32; the operands of products are bfloat16 where those run as such.
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
-#include "../native.h"
+#include "../native_products.h"
 
 namespace fastvitc {
 namespace {
@@ -167,12 +166,11 @@ class Backward {
 
   float dot(const T* a, const T* b) {
     Vec total(0);
-    for (int64_t i = 0; i < s_.dim; i += 2 * kLane) {
-      const int64_t count = std::min(2 * kLane, s_.dim - i);
-      const auto [a0, a1] = count == 2 * kLane ? load_pair(a + i) : load_pair(a + i, count);
-      const auto [b0, b1] = count == 2 * kLane ? load_pair(b + i) : load_pair(b + i, count);
+    for_each_strip(s_.dim, [&](int64_t i, int64_t count) {
+      const auto [a0, a1] = load_pair(a + i, count);
+      const auto [b0, b1] = load_pair(b + i, count);
       total = at::vec::fmadd(a0, b0, at::vec::fmadd(a1, b1, total));
-    }
+    });
     return sum(total);
   }
 
@@ -201,11 +199,12 @@ void for_each_head(int64_t batch, const Shape& s, const Head& head) {
 // `run` with null pointers of the tensor's dtype and of the dtype that its products are computed in.
 template <typename Run>
 void dispatch(const at::Tensor& tensor, const Run& run) {
-  if (tensor.scalar_type() == at::kFloat) return run(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
-  if (tensor.scalar_type() == at::kHalf) return run(static_cast<Half*>(nullptr), static_cast<float*>(nullptr));
-  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, "fastvitc: no kernel for ", tensor.scalar_type());
-  if (bfloat16_products()) return run(static_cast<BFloat16*>(nullptr), static_cast<BFloat16*>(nullptr));
-  run(static_cast<BFloat16*>(nullptr), static_cast<float*>(nullptr));
+  with_dtype(tensor, [&](auto* value) {
+    if constexpr (std::is_same_v<decltype(value), BFloat16*>) {
+      if (bfloat16_products()) return run(value, value);
+    }
+    run(value, static_cast<float*>(nullptr));
+  });
 }
 
 void attention_forward(const at::Tensor& qkv, int64_t heads, double scale, at::Tensor out, at::Tensor lse) {

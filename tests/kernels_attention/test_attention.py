@@ -67,6 +67,7 @@ def test_any_shape_and_scale_match_the_equation(backend, batch, tokens, heads, d
         torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", ["triton", "native"])
 @settings(max_examples=8, deadline=None)
 @given(
     batch=st.integers(1, 2),
@@ -75,10 +76,37 @@ def test_any_shape_and_scale_match_the_equation(backend, batch, tokens, heads, d
     dim=st.sampled_from([16, 32, 64, 80, 96, 128]),
     scale=st.none() | st.floats(0.01, 1.0),
 )
-def test_any_shape_on_triton_errs_at_most_twice_as_much_as_the_library(batch, tokens, heads, dim, scale):
+def test_any_shape_errs_at_most_twice_as_much_as_the_library(backend, batch, tokens, heads, dim, scale):
     qkv = torch.randn(batch, tokens, 3 * heads * dim)
-    runs = [partial(attention, num_heads=heads, scale=scale, backend=b) for b in ("triton", "torch")]
+    runs = [partial(attention, num_heads=heads, scale=scale, backend=b) for b in (backend, "torch")]
     assert_no_worse_than_library(*runs, [qkv], [torch.randn(batch, tokens, heads * dim)], roundings=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@settings(max_examples=12, deadline=None)
+@given(
+    tokens=st.integers(1, 300),
+    heads=st.integers(1, 3),
+    dim=st.integers(1, 140),
+    scale=st.none() | st.floats(-1.0, 1.0),
+)
+def test_any_head_size_on_native_errs_at_most_twice_as_much_as_the_library(dtype, tokens, heads, dim, scale):
+    qkv = torch.randn(1, tokens, 3 * heads * dim).to(dtype)
+    runs = [partial(attention, num_heads=heads, scale=scale, backend=b) for b in ("native", "torch")]
+    assert_no_worse_than_library(*runs, [qkv], [torch.randn(1, tokens, heads * dim).to(dtype)], roundings=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_gives_the_same_bits_on_one_thread_and_on_two(dtype):
+    qkv = torch.randn(3, 197, 3 * 128).to(dtype)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(outputs_and_gradients(partial(attention, num_heads=2, backend="native"), [qkv]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
@@ -89,18 +117,20 @@ def test_every_head_size_on_triton_errs_at_most_twice_as_much_as_the_library(dim
     assert_no_worse_than_library(*runs, [qkv], [torch.randn(1, 70, 2 * dim).to(dtype)])
 
 
+@pytest.mark.parametrize("backend", ["triton", "native"])
 @pytest.mark.parametrize("tokens", [577, 1024])
-def test_long_sequences_on_triton_err_at_most_twice_as_much_as_the_library(tokens):
+def test_long_sequences_err_at_most_twice_as_much_as_the_library(tokens, backend):
     qkv = torch.randn(1, tokens, 3 * 64).bfloat16()
-    runs = [partial(attention, num_heads=1, backend=b) for b in ("triton", "torch")]
+    runs = [partial(attention, num_heads=1, backend=b) for b in (backend, "torch")]
     assert_no_worse_than_library(*runs, [qkv], [torch.randn(1, tokens, 64).bfloat16()])
 
 
-def test_float64_on_triton_is_refused_with_the_backend_that_takes_it():
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_float64_is_refused_with_the_backend_that_takes_it(backend):
     with pytest.raises(
         TypeError, match=r"takes float32, float16 or bfloat16, got torch.float64; use the backend"
     ):
-        attention(torch.zeros(1, 2, 48, dtype=torch.float64), 2, backend="triton")
+        attention(torch.zeros(1, 2, 48, dtype=torch.float64), 2, backend=backend)
 
 
 @pytest.mark.parametrize("backend", [*OWN, "torch", *FLASH])
@@ -162,7 +192,9 @@ def test_bad_input_raises_one_clear_error(qkv, heads, error, words):
 
 
 def test_an_unknown_backend_names_the_usable_ones():
-    with pytest.raises(BackendUnavailable, match=r"has no backend 'fast'.*auto, torch, flash,.* reference"):
+    with pytest.raises(
+        BackendUnavailable, match=r"has no backend 'fast'.*auto, native, torch, flash,.* reference"
+    ):
         attention(torch.zeros(1, 2, 48), 2, backend="fast")
 
 
