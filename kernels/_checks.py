@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 #: Backends that are this library's own kernels, and the dtypes that those compute in.
 _KERNELS = ("triton", "native")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -85,7 +85,7 @@ def _forward(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, empty without a branch; the normalised one in `dtype`; mean and 1/sqrt(var + eps) of each row (..., 2))."""
+    """(total, empty without a branch; the normalised in `dtype`; mean and 1/sqrt(var + eps) of each row (..., 2))."""
     with torch.autocast(x.device.type, enabled=False):
         branch = None if branch is None else branch.contiguous()
         return _BACKENDS.room(backend).forward(x.contiguous(), branch, weight, bias, eps, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvitc.kernels._backend import Backends, BackendUnavailable, Choice, no_triton, requested, resolve
-from fastvitc.kernels._checks import check_floating, check_dtype
+from fastvitc.kernels._checks import check_dtype, check_floating
 from fastvitc.kernels._dtype import accumulation_dtype, autocast
 from fastvitc.kernels._native import no_native
 from fastvitc.kernels.attention import library
@@ -87,7 +87,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
         scale = head_dim**-0.5
     name = resolve("attention", backend, qkv.device.type, qkv.dtype)
     check_dtype("attention", name, qkv.dtype)
-    if name in ("xformers", "triton") or (qkv.is_cuda and library.KERNELS.get(name) is not None):
+    if name in ("xformers", "triton") or library.KERNELS.get(name) is not None:
         gradient = torch.is_grad_enabled() and qkv.requires_grad
         name = _fitting(name, backend, qkv.device.type, qkv.dtype, head_dim, gradient)
     if name in library.KERNELS:

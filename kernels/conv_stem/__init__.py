@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._checks import check_device, check_floating, check_dtype
+from fastvitc.kernels._checks import check_device, check_dtype, check_floating
 from fastvitc.kernels._dtype import accumulation_dtype, autocast, autocast_dtype
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.conv_stem import composed, library
