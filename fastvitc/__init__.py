@@ -7,6 +7,7 @@ from fastvitc.complexity import Complexity, complexity
 from fastvitc.config import StemConfig, ViTConfig, list_models
 from fastvitc.encoder import Attention, Block, DropPath, Mlp
 from fastvitc.errors import CheckpointError, DataError, FastvitcError, UsageError
+from fastvitc.inference import FrozenModel, optimize_for_inference
 from fastvitc.model import VisionTransformer, create_model, resize_pos_embed
 from fastvitc.stems import ConvStem, PatchifyStem
 
@@ -24,6 +25,7 @@ __all__ = [
     "DataError",
     "DropPath",
     "FastvitcError",
+    "FrozenModel",
     "Mlp",
     "PatchifyStem",
     "StemConfig",
@@ -34,6 +36,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load_model",
+    "optimize_for_inference",
     "resize_pos_embed",
     "save_model",
 ]

@@ -100,7 +100,10 @@ inline void for_each_strip(int64_t size, const Strip& strip) {
 template <typename From, typename To>
 inline void convert(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<From, To>) {
-    std::copy_n(from, count, to);
+    using Whole = at::vec::Vectorized<To>;
+    int64_t i = 0;
+    for (; i + Whole::size() <= count; i += Whole::size()) Whole::loadu(from + i).store(to + i);
+    std::copy_n(from + i, count - i, to + i);  // a call of its own for every row would cost as much as the rest
   } else {
     for_each_strip(count, [&](int64_t i, int64_t left) {
       const auto [lo, hi] = load_pair(from + i, left);

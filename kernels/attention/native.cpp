@@ -48,16 +48,24 @@ void gather(const T* from, int64_t stride, const Shape& s, M* to) {
 // Scores of one query to exp(scale * score - max) in the products' dtype; returns (max, sum).
 template <typename M>
 std::pair<float, float> softmax_row(float* scores, M* p, float scale, const Shape& s) {
-  for (int64_t j = 0; j < s.t; j += kLane) (Vec::loadu(scores + j) * Vec(scale)).store(scores + j);
+  if (scale <= 0) {  // the largest product is not that of the largest score
+    for (int64_t j = 0; j < s.tokens; ++j) scores[j] *= scale;
+    scale = 1;
+  }
   std::fill(scores + s.tokens, scores + s.t, -std::numeric_limits<float>::infinity());
-  Vec top = Vec::loadu(scores);
-  for (int64_t j = kLane; j < s.t; j += kLane) top = at::vec::maximum(top, Vec::loadu(scores + j));
-  const float max = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+  auto [top, other] = load_pair(scores);
+  for (int64_t j = 2 * kLane; j < s.t; j += 2 * kLane) {
+    const auto [lo, hi] = load_pair(scores + j);
+    top = at::vec::maximum(top, lo);
+    other = at::vec::maximum(other, hi);
+  }
+  const float max = scale * at::vec::vec_reduce_all<float>(
+      [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, at::vec::maximum(top, other));
   Vec total(0);
   for (int64_t j = 0; j < s.t; j += 2 * kLane) {
     auto [lo, hi] = load_pair(scores + j);
-    lo = exponential<M>(lo - Vec(max));
-    hi = exponential<M>(hi - Vec(max));
+    lo = exponential<M>(at::vec::fmsub(lo, Vec(scale), Vec(max)));
+    hi = exponential<M>(at::vec::fmsub(hi, Vec(scale), Vec(max)));
     total = total + (lo + hi);
     store_pair(p + j, lo, hi);
   }

@@ -48,7 +48,7 @@ def conv_stem(
         else:
             a, b = scale_shift(mean, var, gamma, beta, stem.eps)
             folded = autocast((weight * a.view(-1, 1, 1, 1)).to(y.dtype))
-            y = F.relu(F.conv2d(y, folded, autocast(b.to(y.dtype)), stride, padding))
+            y = F.relu_(F.conv2d(y, folded, autocast(b.to(y.dtype)), stride, padding))
     features = F.conv2d(
         y, autocast(stem.proj_weight), autocast(stem.proj_bias), stem.strides[-1], stem.paddings[-1]
     )

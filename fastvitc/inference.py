@@ -1,0 +1,58 @@
+"""A trained model made ready to be applied, and nothing else."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastvitc.encoder import Block, Mlp
+from fastvitc.errors import UsageError
+from fastvitc.model import VisionTransformer
+
+
+class FrozenModel(nn.Module):
+    """What `optimize_for_inference` returns; its weights are constants."""
+
+    def __init__(self, model: VisionTransformer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = model.config, dtype
+        self._model = model
+        self._run = torch.compile(model, fullgraph=True, options={"freezing": True})
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised or uint8 image (B, C, H, W) → logits (B, num_classes) float32, as `VisionTransformer`."""
+        if image.is_floating_point():
+            image = image.to(self.dtype)
+        return self._run(image.contiguous(memory_format=torch.channels_last)).float()
+
+    def train(self, mode: bool = True) -> "FrozenModel":
+        if mode:
+            raise UsageError(
+                "an optimised model cannot be trained: its weights are constants; train the model it was made from"
+            )
+        return super().train(False)
+
+
+def optimize_for_inference(model: VisionTransformer, *, dtype: torch.dtype = torch.bfloat16) -> FrozenModel:
+    """A copy of a model that only computes logits, as fast as this machine does: compiled, with constant weights.
+
+    BatchNorm is folded into the convolutions, weights are cast and packed once, bias, activation and residual sums are
+    part of the products where the compiler has them. The first call of a batch size compiles.
+
+    Args:
+        model: a trained model; it is left as it is.
+        dtype: of weights and arithmetic; float32 for the exact results.
+
+    Raises:
+        UsageError: a dtype that is not floating point.
+    """
+    if not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating-point dtype, got {dtype}")
+    frozen = copy.deepcopy(model).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
+    for (
+        module
+    ) in frozen.modules():  # the compiler makes these part of their neighbours, an op of ours it cannot
+        if isinstance(module, (Block, Mlp)) and module.backend == "auto":
+            module.backend = "torch"
+    return FrozenModel(frozen, dtype)
