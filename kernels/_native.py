@@ -2,7 +2,7 @@
 
 The library is kept in the cache folder under a name made of the sources, the compiler, PyTorch's version and the CPU
 features in use, so that a change of any builds another. One process builds, under a lock that dies with it; others
-wait.
+wait. `CXX` names the compiler, `FASTVITC_CXXFLAGS` adds to its flags.
 """
 
 import fcntl
@@ -81,7 +81,8 @@ def _flags() -> list[str]:
     if name == "AVX512" and "avx512_bf16" in _cpu_flags():
         chosen = [*chosen, "-mavx512bf16"]
     macros = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
-    return ["-O3", "-fopenmp", "-fno-math-errno", *macros, *chosen]
+    added = shlex.split(os.environ.get("FASTVITC_CXXFLAGS", ""))
+    return ["-O3", "-fopenmp", "-fno-math-errno", *macros, *chosen, *added]
 
 
 def _cpu_flags() -> set[str]:
