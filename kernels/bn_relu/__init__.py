@@ -8,14 +8,18 @@ from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
 from fastvitc.kernels._checks import check_device, check_dtype, check_floating
 from fastvitc.kernels._dtype import accumulation_dtype
+from fastvitc.kernels._native import no_native
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.bn_relu import library
 
 _BACKENDS = Backends(
     op="bn_relu",
-    order={"default": ("torch", "triton", "reference")},
-    rooms={"torch": "library", "triton": "triton", "reference": "reference"},
-    obstacle={"triton": no_triton},
+    order={
+        "cpu": ("native", "torch", "triton", "reference"),
+        "default": ("torch", "triton", "reference"),
+    },
+    rooms={"torch": "library", "triton": "triton", "native": "native", "reference": "reference"},
+    obstacle={"triton": no_triton, "native": no_native},
 )
 
 
