@@ -17,13 +17,13 @@ namespace fastvitc {
 namespace {
 
 constexpr int64_t kPair = 2 * kLane;
-constexpr int64_t kBlock = 1 << 14;  // values of a block, about: it stays in a core's cache
+constexpr int64_t kBlock = 1 << 15;  // values of a block, about: it stays in a core's cache
 
 struct Matrix {
   explicit Matrix(const at::Tensor& x)  // channels-last
       : channels(x.size(1)), values(x.numel()) {}
   int64_t channels, values;
-  int64_t period = std::lcm(channels, kPair);
+  int64_t period = std::lcm(channels, 4 * kPair);  // the sum of a column is touched again four pairs later
   int64_t block = std::max<int64_t>(1, kBlock / period) * period;
   int64_t blocks = (values + block - 1) / block;
 };
@@ -34,10 +34,10 @@ class Repeated {
   Repeated(const float* vector, const Matrix& m) : values_(m.period) {
     for (int64_t i = 0; i < m.period; i += m.channels) std::copy_n(vector, m.channels, values_ + i);
   }
-  Pair operator[](int64_t column) { return load_pair(values_ + column); }
+  Pair operator[](int64_t column) const { return load_pair(values_ + column); }
 
  private:
-  Scratch<float> values_;
+  mutable Scratch<float> values_;
 };
 
 // body(number, begin, end) for each block of values, on all threads.
@@ -48,12 +48,15 @@ void for_each_block(const Matrix& m, const Body& body) {
   });
 }
 
-// body(i, count) down a pair of columns: the first `count` of a pair of vectors at i are in the matrix.
+// body(i, j, count) for each pair of vectors of a block: values [i, i + count), in columns [j, j + count) of a period.
 template <typename Body>
-inline void down(int64_t begin, int64_t end, int64_t period, const Body& body) {
-  int64_t i = begin;
-  for (; i + kPair <= end; i += period) body(i, std::integral_constant<int64_t, kPair>());
-  if (i < end) body(i, end - i);
+inline void for_each_pair(const Matrix& m, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t first = begin; first < end; first += m.period) {
+    const int64_t columns = std::min(m.period, end - first);
+    int64_t j = 0;
+    for (; j + kPair <= columns; j += kPair) body(first + j, j, std::integral_constant<int64_t, kPair>());
+    if (j < columns) body(first + j, j, columns - j);
+  }
 }
 
 template <typename T>
@@ -66,10 +69,17 @@ inline void store(T* to, const Vec& lo, const Vec& hi, int64_t count) {
   count == kPair ? store_pair(to, lo, hi) : store_pair(to, lo, hi, count);
 }
 
+inline void add(float* to, const Vec& lo, const Vec& hi) {
+  (Vec::loadu(to) + lo).store(to);
+  (Vec::loadu(to + kLane) + hi).store(to + kLane);
+}
+
 // The sums of each channel from those of each column of a period.
 void fold(const float* columns, const Matrix& m, float* sums) {
   std::copy_n(columns, m.channels, sums);
-  for (int64_t i = m.channels; i < m.period; ++i) sums[i % m.channels] += columns[i];
+  for (int64_t i = m.channels; i < m.period; i += m.channels) {
+    for (int64_t c = 0; c < m.channels; ++c) sums[c] += columns[i + c];
+  }
 }
 
 // What the ReLU clips; forward and backward must agree on its sign.
@@ -85,33 +95,23 @@ inline Vec masked(const Vec& dy, const Vec& x, const Vec& scale, const Vec& shif
 // Mean and sum of squared deviations of each channel in a block, in two passes.
 template <typename T>
 void block_statistics(const T* x, const Matrix& m, int64_t begin, int64_t end, float* mean, float* m2) {
-  Scratch<float> columns(m.period);
-  for (int64_t j = 0; j < m.period; j += kPair) {
-    Vec lo(0), hi(0);
-    down(begin + j, end, m.period, [&](int64_t i, auto count) {
-      const auto [x0, x1] = load(x + i, count);
-      lo = lo + x0;
-      hi = hi + x1;
-    });
-    store_pair(columns + j, lo, hi);
-  }
-  fold(columns, m, mean);
+  Scratch<float> sums(m.period), squares(m.period);
+  for_each_pair(m, begin, end, [&](int64_t i, int64_t j, auto count) {
+    const auto [x0, x1] = load(x + i, count);
+    add(sums + j, x0, x1);
+  });
+  fold(sums, m, mean);
   const float rows = (end - begin) / m.channels;
   for (int64_t c = 0; c < m.channels; ++c) mean[c] /= rows;
-  Repeated means(mean, m);
-  for (int64_t j = 0; j < m.period; j += kPair) {
+  const Repeated means(mean, m);
+  for_each_pair(m, begin, end, [&](int64_t i, int64_t j, auto count) {
+    const auto [x0, x1] = load(x + i, count);
     const auto [mean0, mean1] = means[j];
-    Vec lo(0), hi(0);
-    down(begin + j, end, m.period, [&](int64_t i, auto count) {
-      const auto [x0, x1] = load(x + i, count);
-      const Vec d0 = Vec::set(Vec(0), x0 - mean0, count);
-      const Vec d1 = Vec::set(Vec(0), x1 - mean1, std::max<int64_t>(count - kLane, 0));
-      lo = at::vec::fmadd(d0, d0, lo);
-      hi = at::vec::fmadd(d1, d1, hi);
-    });
-    store_pair(columns + j, lo, hi);
-  }
-  fold(columns, m, m2);
+    const Vec d0 = Vec::set(Vec(0), x0 - mean0, count);
+    const Vec d1 = Vec::set(Vec(0), x1 - mean1, std::max<int64_t>(count - kLane, 0));
+    add(squares + j, d0 * d0, d1 * d1);
+  });
+  fold(squares, m, m2);
 }
 
 // Mean and biased variance; blocks merge by Chan, Golub and LeVeque (1983), equation 2.1.
@@ -141,41 +141,32 @@ void statistics(const T* x, const Matrix& m, float* mean, float* var) {
 // y = relu(scale * x + shift)
 template <typename T>
 void normalize(const T* x, const Matrix& m, const float* vectors, T* y) {
-  Repeated scales(vectors + 2 * m.channels, m), shifts(vectors + 3 * m.channels, m);
+  const Repeated scales(vectors + 2 * m.channels, m), shifts(vectors + 3 * m.channels, m);
   for_each_block(m, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t j = 0; j < m.period; j += kPair) {
+    for_each_pair(m, begin, end, [&](int64_t i, int64_t j, auto count) {
+      const auto [x0, x1] = load(x + i, count);
       const Pair scale = scales[j], shift = shifts[j];
-      down(begin + j, end, m.period, [&](int64_t i, auto count) {
-        const auto [x0, x1] = load(x + i, count);
-        const Vec y0 = normalized(x0, scale.lo, shift.lo), y1 = normalized(x1, scale.hi, shift.hi);
-        store(y + i, at::vec::clamp_min(y0, Vec(0)), at::vec::clamp_min(y1, Vec(0)), count);
-      });
-    }
+      const Vec y0 = normalized(x0, scale.lo, shift.lo), y1 = normalized(x1, scale.hi, shift.hi);
+      store(y + i, at::vec::clamp_min(y0, Vec(0)), at::vec::clamp_min(y1, Vec(0)), count);
+    });
   });
 }
 
 // For each channel the sums of dy' * (x - mean) and of dy'.
 template <typename T>
 void gradient_sums(const T* dy, const T* x, const Matrix& m, const float* vectors, float* sums) {
-  Repeated means(vectors, m), scales(vectors + 2 * m.channels, m), shifts(vectors + 3 * m.channels, m);
+  const Repeated means(vectors, m), scales(vectors + 2 * m.channels, m), shifts(vectors + 3 * m.channels, m);
   Scratch<float> partial(m.blocks * 2 * m.channels);
   for_each_block(m, [&](int64_t b, int64_t begin, int64_t end) {
     Scratch<float> products(m.period), plain(m.period);
-    for (int64_t j = 0; j < m.period; j += kPair) {
+    for_each_pair(m, begin, end, [&](int64_t i, int64_t j, auto count) {
+      const auto [x0, x1] = load(x + i, count);
+      const auto [dy0, dy1] = load(dy + i, count);
       const Pair mean = means[j], scale = scales[j], shift = shifts[j];
-      Vec product0(0), product1(0), plain0(0), plain1(0);
-      down(begin + j, end, m.period, [&](int64_t i, auto count) {
-        const auto [x0, x1] = load(x + i, count);
-        const auto [dy0, dy1] = load(dy + i, count);
-        const Vec g0 = masked(dy0, x0, scale.lo, shift.lo), g1 = masked(dy1, x1, scale.hi, shift.hi);
-        product0 = at::vec::fmadd(g0, x0 - mean.lo, product0);
-        product1 = at::vec::fmadd(g1, x1 - mean.hi, product1);
-        plain0 = plain0 + g0;
-        plain1 = plain1 + g1;
-      });
-      store_pair(products + j, product0, product1);
-      store_pair(plain + j, plain0, plain1);
-    }
+      const Vec g0 = masked(dy0, x0, scale.lo, shift.lo), g1 = masked(dy1, x1, scale.hi, shift.hi);
+      add(products + j, g0 * (x0 - mean.lo), g1 * (x1 - mean.hi));
+      add(plain + j, g0, g1);
+    });
     float* part = partial + b * 2 * m.channels;
     fold(products, m, part);
     fold(plain, m, part + m.channels);
@@ -186,23 +177,21 @@ void gradient_sums(const T* dy, const T* x, const Matrix& m, const float* vector
   }
 }
 
-// dx = a * dy' + (slope * x + constant), a = scale
+// dx = scale * dy' + (slope * x + constant)
 template <typename T>
 void input_gradient(
     const T* dy, const T* x, const Matrix& m, const float* vectors, const float* coefficients, T* dx) {
-  Repeated scales(vectors + 2 * m.channels, m), shifts(vectors + 3 * m.channels, m);
-  Repeated slopes(coefficients + m.channels, m), constants(coefficients + 2 * m.channels, m);
+  const Repeated scales(vectors + 2 * m.channels, m), shifts(vectors + 3 * m.channels, m);
+  const Repeated slopes(coefficients + m.channels, m), constants(coefficients + 2 * m.channels, m);
   for_each_block(m, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t j = 0; j < m.period; j += kPair) {
+    for_each_pair(m, begin, end, [&](int64_t i, int64_t j, auto count) {
+      const auto [x0, x1] = load(x + i, count);
+      const auto [dy0, dy1] = load(dy + i, count);
       const Pair scale = scales[j], shift = shifts[j], slope = slopes[j], constant = constants[j];
-      down(begin + j, end, m.period, [&](int64_t i, auto count) {
-        const auto [x0, x1] = load(x + i, count);
-        const auto [dy0, dy1] = load(dy + i, count);
-        const Vec g0 = masked(dy0, x0, scale.lo, shift.lo), g1 = masked(dy1, x1, scale.hi, shift.hi);
-        const Vec rest0 = at::vec::fmadd(slope.lo, x0, constant.lo), rest1 = at::vec::fmadd(slope.hi, x1, constant.hi);
-        store(dx + i, at::vec::fmadd(scale.lo, g0, rest0), at::vec::fmadd(scale.hi, g1, rest1), count);
-      });
-    }
+      const Vec g0 = masked(dy0, x0, scale.lo, shift.lo), g1 = masked(dy1, x1, scale.hi, shift.hi);
+      const Vec rest0 = at::vec::fmadd(slope.lo, x0, constant.lo), rest1 = at::vec::fmadd(slope.hi, x1, constant.hi);
+      store(dx + i, at::vec::fmadd(scale.lo, g0, rest0), at::vec::fmadd(scale.hi, g1, rest1), count);
+    });
   });
 }
 
