@@ -45,9 +45,9 @@ def bn_relu(
         weight, bias: (C,), float; they may be wider than x (float32 beside bfloat16 activations).
         training: whether the batch's own mean and biased variance normalise.
         process_group: processes whose batches share the training statistics, as in nn.SyncBatchNorm; each holds
-            the same number of values. None for this process alone. The backend torch does not share them.
-        backend: "auto", "torch" (`batch_norm` and `relu`), "triton" or "reference"; or a mapping from ops to such
-            names.
+            the same number of values. None for this process alone. The backends torch and native do not share them.
+        backend: "auto", "torch" (`batch_norm` and `relu`), "triton", "native" (this library's CPU kernels) or
+            "reference"; or a mapping from ops to such names.
 
     Returns:
         A tensor of the shape, dtype and memory format of x.
@@ -57,8 +57,8 @@ def bn_relu(
     dx = weight/sqrt(var + eps) · (dy' − dbias/n − x̂·dweight/n) over the n = B·H·W values of a channel.
     Over a process group n and the sums in dx are the group's; dweight and dbias are this process's own.
     All but torch save x and four vectors per channel; the ReLU mask is recomputed; the gradient cannot be
-    differentiated again. Triton moves 6 bytes an element forward and 10 backward in 16 bits (counted; its speed is
-    not measured on a GPU).
+    differentiated again. Triton and native move 6 bytes an element forward and 10 backward in 16 bits (Triton's are
+    counted; its speed is not measured on a GPU).
 
     Raises:
         TypeError: a tensor is not floating point.

@@ -10,16 +10,32 @@ from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
 from fastvitc.kernels._batch_norm import update_running
 from fastvitc.kernels._checks import check_device, check_dtype, check_floating
 from fastvitc.kernels._dtype import accumulation_dtype, autocast, autocast_dtype
+from fastvitc.kernels._native import no_native
 from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
 from fastvitc.kernels.conv_stem import composed, library
 from fastvitc.kernels.conv_stem.stem import Stem
 
 _BACKENDS = Backends(
     op="conv_stem",
-    order={"default": ("torch", "triton", "bn_relu", "reference")},
-    rooms={"torch": "library", "triton": "triton", "bn_relu": "composed", "reference": "reference"},
-    obstacle={"triton": no_triton, "bn_relu": no_triton},
+    order={
+        "cpu": ("native", "torch", "triton", "bn_relu", "reference"),
+        "default": ("torch", "triton", "bn_relu", "reference"),
+    },
+    rooms={
+        "torch": "library",
+        "triton": "triton",
+        "bn_relu": "composed",
+        "native": "composed",
+        "reference": "reference",
+    },
+    obstacle={"triton": no_triton, "bn_relu": no_triton, "native": no_native},
 )
+#: Backends that are sequences of ops, left open to autograd and torch.compile.
+_SEQUENCES = {
+    "torch": library.conv_stem,
+    "bn_relu": composed.with_triton,
+    "native": composed.with_native,
+}
 
 
 def conv_stem(
@@ -65,10 +81,11 @@ def conv_stem(
         pixel_scale, pixel_shift: (C_0,) float, both or none; the normalisation of the image. Zero padding comes after
             it.
         process_group: processes whose batches share the training statistics, as in nn.SyncBatchNorm; each holds the
-            same number of values. None for this process alone. The backends torch and bn_relu do not share them.
+            same number of values. None for this process alone. The backends torch, bn_relu and native do not share
+            them.
         backend: "auto"; "torch" (PyTorch's convolutions; BatchNorm folded into them in evaluation); "triton" (one
-            kernel per convolution and direction, no normalisation pass); "bn_relu" (PyTorch's convolutions with the
-            Triton kernels of that op between them); or "reference".
+            kernel per convolution and direction, no normalisation pass); "bn_relu" and "native" (PyTorch's
+            convolutions with that op's Triton or native CPU kernels between them); or "reference".
 
     Returns:
         Tokens (B, S, d) in the dtype that the convolution weights and `pos_embed` promote to.
@@ -105,11 +122,10 @@ def conv_stem(
     dtype = autocast_dtype(proj_weight)
     backend = (synchronizing if stem.group else resolve)("conv_stem", backend, image.device.type, dtype)
     running = running_means, running_vars
-    if backend in ("torch", "bn_relu"):
-        room = library if backend == "torch" else composed
-        return room.conv_stem(image, stem, *running, class_token, pos_embed, training, momentum)
     for tensor_dtype in (dtype, *(t.dtype for t in (class_token, pos_embed) if t is not None)):
         check_dtype("conv_stem", backend, tensor_dtype)
+    if backend in _SEQUENCES:
+        return _SEQUENCES[backend](image, stem, *running, class_token, pos_embed, training, momentum)
     if image.is_floating_point():
         image = autocast(image)
     if image.dtype not in (dtype, torch.uint8):

@@ -1,17 +1,11 @@
-"""The stem by PyTorch's convolutions with the Triton kernels of `bn_relu` between them."""
+"""The stem by PyTorch's convolutions with a backend of `bn_relu` between them."""
 
 from functools import partial
 
-from torch import Tensor
-
 from fastvitc.kernels.bn_relu import bn_relu
-from fastvitc.kernels.conv_stem import library
+from fastvitc.kernels.conv_stem import library, native
 
-
-def _batch_norm_relu(
-    z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, momentum: float, eps: float
-) -> Tensor:
-    return bn_relu(z, mean, var, gamma, beta, True, momentum, eps, backend="triton")
-
-
-conv_stem = partial(library.conv_stem, normalize=_batch_norm_relu)
+with_triton = partial(library.conv_stem, normalize=partial(bn_relu, backend="triton"))
+with_native = partial(
+    library.conv_stem, normalize=partial(bn_relu, backend="native"), pixels=native.channels_last_pixels
+)

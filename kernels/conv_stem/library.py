@@ -12,10 +12,17 @@ from fastvitc.kernels.conv_stem.stem import Stem
 
 
 def batch_norm_relu(
-    z: Tensor, mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, momentum: float, eps: float
+    z: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Tensor:
-    """BatchNorm in training and ReLU, as PyTorch's own ops."""
-    return F.relu(F.batch_norm(z, mean, var, gamma, beta, True, momentum, eps))
+    """BatchNorm and ReLU, as PyTorch's own ops."""
+    return F.relu(F.batch_norm(z, mean, var, gamma, beta, training, momentum, eps))
 
 
 def conv_stem(
@@ -28,9 +35,10 @@ def conv_stem(
     training: bool,
     momentum: float,
     normalize: Callable[..., Tensor] = batch_norm_relu,
+    pixels: Callable[..., Tensor] = scaled_pixels,
 ) -> Tensor:
-    """Tokens; in training `normalize` is what follows each convolution."""
-    y = autocast(scaled_pixels(image, stem.pixel_scale, stem.pixel_shift))
+    """Tokens; `pixels` makes the first input, in training `normalize` is what follows each convolution."""
+    y = autocast(pixels(image, stem.pixel_scale, stem.pixel_shift))
     layers = zip(
         stem.conv_weights,
         stem.bn_weights,
@@ -44,7 +52,7 @@ def conv_stem(
     for weight, gamma, beta, mean, var, stride, padding in layers:
         if training:
             z = F.conv2d(y, autocast(weight), None, stride, padding)
-            y = normalize(z, mean, var, gamma, beta, momentum, stem.eps)
+            y = normalize(z, mean, var, gamma, beta, True, momentum, stem.eps)
         else:
             a, b = scale_shift(mean, var, gamma, beta, stem.eps)
             folded = autocast((weight * a.view(-1, 1, 1, 1)).to(y.dtype))
