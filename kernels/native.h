@@ -88,11 +88,12 @@ inline void store_pair(T* to, const Vec& lo, const Vec& hi, int64_t count) {
   std::copy_n(values, count, to);
 }
 
-// `strip(first, count)` along a row, `count` values at a time: 2 * kLane, which the compiler knows, or what is left.
+// `strip(first, count)` along a row, `count` values at a time: 2 * kLane, known to the compiler by the type where it is
+// taken as `auto`, or what is left.
 template <typename Strip>
 inline void for_each_strip(int64_t size, const Strip& strip) {
   int64_t first = 0;
-  for (; first + 2 * kLane <= size; first += 2 * kLane) strip(first, 2 * kLane);
+  for (; first + 2 * kLane <= size; first += 2 * kLane) strip(first, std::integral_constant<int64_t, 2 * kLane>());
   if (first < size) strip(first, size - first);
 }
 
