@@ -39,8 +39,8 @@ def rewrite(change):
 
 
 def test_without_a_measurement_auto_takes_the_first_of_the_order():
-    assert chosen() == {"attention": "torch", "bn_relu": "torch", "conv_stem": "torch"}
-    assert candidates()["attention"][:2] == ["torch", "flash"]
+    assert chosen() == dict.fromkeys(chosen(), "native")
+    assert candidates()["attention"][:3] == ["native", "torch", "flash"]
     assert "reference" not in {name for names in candidates().values() for name in names}
 
 
@@ -57,7 +57,7 @@ def test_a_measurement_comes_back_and_auto_takes_it(cache):
 
 def test_a_measurement_holds_for_its_dtype_and_the_last_one_where_none_is_named():
     record(CPU, torch.bfloat16, {"attention": FLASH})
-    assert chosen(dtype=torch.float32)["attention"] == "torch"
+    assert chosen(dtype=torch.float32)["attention"] == "native"
     record(CPU, torch.float32, {"attention": Measured("triton", {"triton": 1.0}, {})})
     forget()
     assert chosen()["attention"] == "triton"
@@ -87,7 +87,7 @@ def test_the_op_runs_what_was_measured_for_its_dtype(monkeypatch):
         attention(torch.zeros(1, 2, 48, dtype=dtype), 2)
     with torch.autocast("cpu", torch.bfloat16):
         attention(torch.zeros(1, 2, 48), 2)
-    assert ran == ["flash", "torch", "flash"]
+    assert ran == ["flash", "flash"]  # float32 went to the first of the order
 
 
 @pytest.mark.parametrize("what", ["device", "torch", "triton"])
@@ -101,13 +101,13 @@ def test_another_device_or_version_is_not_measured_yet(what, monkeypatch):
     else:
         monkeypatch.setattr(_choices, "version", lambda package: "9.9")
     assert measured(CPU) == {}
-    assert chosen()["attention"] == "torch"
+    assert chosen()["attention"] == "native"
 
 
 def test_a_measured_backend_that_cannot_run_any_more_gives_way_to_the_order():
     for name in ("cudnn", "gone"):
         record(CPU, torch.bfloat16, {"attention": Measured(name, {name: 1.0}, {})})
-        assert chosen()["attention"] == "torch"
+        assert chosen()["attention"] == "native"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_a_measured_backend_that_cannot_run_any_more_gives_way_to_the_order():
 def test_a_broken_file_warns_once_with_what_to_do_and_is_mended_by_the_next_measurement(content, cache):
     (cache / "backends.json").write_bytes(content)
     with pytest.warns(UserWarning, match="fixed order holds. Run fastvitc-tune to measure again, or delete"):
-        assert chosen()["attention"] == "torch"
-    assert chosen()["attention"] == "torch"
+        assert chosen()["attention"] == "native"
+    assert chosen()["attention"] == "native"
     with pytest.warns(UserWarning, match="cannot read the measured backends"):
         record(CPU, torch.bfloat16, {"attention": FLASH})
     forget()
@@ -199,7 +199,7 @@ def test_a_choice_is_one_name_or_a_name_per_op(choice, names):
     [
         (
             {"atention": "flash"},
-            "the op 'atention', which there is not; the ops are attention, bn_relu, conv_",
+            "the op 'atention', which there is not; the ops are add_layer_norm, attention, ",
         ),
         ("attention=flash,torch", "the op 'torch', which there is not"),
         (None, "must be a name or a mapping"),
@@ -233,7 +233,7 @@ def test_a_model_gives_each_op_its_backend():
 
 def test_an_unavailable_backend_of_a_mapping_names_the_usable_ones():
     with pytest.raises(
-        BackendUnavailable, match=r"'cudnn' is not available on cpu: .*usable here: auto, torch"
+        BackendUnavailable, match=r"'cudnn' is not available on cpu: .*usable here: auto, native, torch"
     ):
         chosen("cpu", {"attention": "cudnn"})
 
@@ -254,7 +254,9 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 def test_info_says_whether_auto_follows_a_measurement():
     from fastvitc.info import InfoSettings, report
 
-    assert "attention: auto takes torch (the first of the order; not measured)" in report(InfoSettings("cpu"))
+    assert "attention: auto takes native (the first of the order; not measured)" in report(
+        InfoSettings("cpu")
+    )
     record(CPU, torch.bfloat16, {"attention": FLASH})
     text = report(InfoSettings("cpu"))
     assert (

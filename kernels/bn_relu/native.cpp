@@ -68,34 +68,38 @@ inline Vec masked(const Vec& dy, const Vec& x, const Vec& scale, const Vec& shif
   return dy & (normalized(x, scale, shift) > Vec(0));
 }
 
-// Rows, mean and sum of squared deviations of each channel in some periods, in two passes.
+// The sums of value(x - centre) of each channel over some periods.
+template <typename T, typename Value>
+void sum_deviations(
+    const T* x, const Matrix& m, int64_t begin, int64_t end, const float* centre, const Value& value, float* sums) {
+  const Repeated centres(centre, m);
+  std::vector<float> columns(m.period);
+  for (int64_t index = begin; index < end; ++index) {
+    m.for_each_strip_of(index, [&](int64_t i, int64_t j, auto count) {
+      const auto [x0, x1] = load_pair(x + i, count);
+      const auto [centre0, centre1] = centres[j];
+      const Vec d0 = Vec::set(Vec(0), x0 - centre0, count);
+      const Vec d1 = Vec::set(Vec(0), x1 - centre1, std::max<int64_t>(count - kLane, 0));
+      add_to(&columns[j], value(d0), value(d1));
+    });
+  }
+  fold(columns.data(), m, sums);
+}
+
+// Rows, mean and sum of squared deviations of each channel in some periods, in two passes. The first is of deviations
+// too, from the first row: the sum of the values themselves would round a mean that is large beside the deviation.
 template <typename T>
 float block_statistics(const T* x, const Matrix& m, int64_t begin, int64_t end, float* mean, float* m2) {
-  std::vector<float> sums(m.period), squares(m.period);
   const float rows = (std::min(end * m.period, m.values) - begin * m.period) / m.channels;
-  for (int64_t index = begin; index < end; ++index) {
-    m.for_each_strip_of(index, [&](int64_t i, int64_t j, auto count) {
-      const auto [x0, x1] = load_pair(x + i, count);
-      add_to(&sums[j], x0, x1);
-    });
-  }
-  fold(sums.data(), m, mean);
-  for (int64_t c = 0; c < m.channels; ++c) mean[c] /= rows;
-  const Repeated means(mean, m);
-  for (int64_t index = begin; index < end; ++index) {
-    m.for_each_strip_of(index, [&](int64_t i, int64_t j, auto count) {
-      const auto [x0, x1] = load_pair(x + i, count);
-      const auto [mean0, mean1] = means[j];
-      const Vec d0 = Vec::set(Vec(0), x0 - mean0, count);
-      const Vec d1 = Vec::set(Vec(0), x1 - mean1, std::max<int64_t>(count - kLane, 0));
-      add_to(&squares[j], d0 * d0, d1 * d1);
-    });
-  }
-  fold(squares.data(), m, m2);
+  convert(x + begin * m.period, mean, m.channels);
+  sum_deviations(x, m, begin, end, mean, [](const Vec& d) { return d; }, m2);
+  for (int64_t c = 0; c < m.channels; ++c) mean[c] += m2[c] / rows;
+  sum_deviations(x, m, begin, end, mean, [](const Vec& d) { return d * d; }, m2);
   return rows;
 }
 
-// Mean and biased variance; blocks merge in order by Chan, Golub and LeVeque (1983), equation 2.1.
+// Mean and biased variance; blocks merge in order by Chan, Golub and LeVeque (1983), equation 2.1, in float64: a rounding
+// of the mean for each block would add up.
 template <typename T>
 void statistics(const T* x, const Matrix& m, float* mean, float* var) {
   const int64_t size = std::max<int64_t>(1, kBlock / m.period), blocks = (m.periods + size - 1) / size;
@@ -106,19 +110,17 @@ void statistics(const T* x, const Matrix& m, float* mean, float* var) {
       rows[b] = block_statistics(x, m, b * size, std::min(m.periods, (b + 1) * size), &means[at], &squares[at]);
     }
   });
-  std::fill_n(mean, m.channels, 0.0f);
-  std::fill_n(var, m.channels, 0.0f);
-  float total = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const float share = rows[b] / (total + rows[b]);
-    for (int64_t c = 0; c < m.channels; ++c) {
-      const float delta = means[b * m.channels + c] - mean[c];
-      mean[c] += delta * share;
-      var[c] += squares[b * m.channels + c] + delta * delta * total * share;
+  for (int64_t c = 0; c < m.channels; ++c) {
+    double count = 0, centre = 0, m2 = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const double delta = means[b * m.channels + c] - centre, share = rows[b] / (count + rows[b]);
+      centre += delta * share;
+      m2 += squares[b * m.channels + c] + delta * delta * count * share;
+      count += rows[b];
     }
-    total += rows[b];
+    mean[c] = centre;
+    var[c] = m2 / count;
   }
-  for (int64_t c = 0; c < m.channels; ++c) var[c] /= total;
 }
 
 void bn_relu_statistics(const at::Tensor& x, at::Tensor mean, at::Tensor var) {

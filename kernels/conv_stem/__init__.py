@@ -84,8 +84,9 @@ def conv_stem(
             same number of values. None for this process alone. The backends torch, bn_relu and native do not share
             them.
         backend: "auto"; "torch" (PyTorch's convolutions; BatchNorm folded into them in evaluation); "triton" (one
-            kernel per convolution and direction, no normalisation pass); "bn_relu" and "native" (PyTorch's
-            convolutions with that op's Triton or native CPU kernels between them); or "reference".
+            kernel per convolution and direction, no normalisation pass); "bn_relu" (PyTorch's convolutions with the
+            Triton kernels of that op between them); "native" (the same on a CPU, with this library's CPU kernels); or
+            "reference".
 
     Returns:
         Tokens (B, S, d) in the dtype that the convolution weights and `pos_embed` promote to.
@@ -95,7 +96,10 @@ def conv_stem(
     the image as it came, z_i in the dtype of the weights, and four vectors per channel; backward recomputes the rest.
     The Triton backend normalises and clips a layer's input while it loads it, leaves partial statistics of its output,
     and in backward forms dz = A·dy' + B·z + C on load; `fastvitc.kernels.conv_stem.triton` has the algorithm.
-    From uint8 at 224 pixels, forward and backward, it moves 10.1 MB per image for the 1GF stem and 20.0 MB for the 4GF
+    Native computes channels-last whatever the layout of the image, reads a uint8 image once and writes it normalised in
+    the convolutions' dtype, and saves what PyTorch's convolutions save and z_i; BatchNorm and ReLU are two passes each
+    way.
+    From uint8 at 224 pixels, forward and backward, Triton moves 10.1 MB per image for the 1GF stem and 20.0 MB for the 4GF
     stem, 0.54 and 0.55 of inductor's own count (counted at batch 128, `python -m bench.traffic`). Its speed is not
     measured on a GPU.
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from oracle import assert_no_worse_than_library, outputs_and_gradients
 
 from fastvitc.kernels import _triton_batch_norm, conv_stem
-from fastvitc.kernels.conv_stem import tiles
+from fastvitc.kernels._tokens import scaled_pixels
+from fastvitc.kernels.conv_stem import native, tiles
 
 OWN = ["reference", "triton"]
 EXACT = ["reference", "torch"]  # compute in float64 too
@@ -199,7 +200,7 @@ def test_many_tiles_and_parts_merge_to_the_same_result(monkeypatch):
     assert_no_worse_than_library(ours, library, args, [grad], roundings=8, terms=3000)
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch", "bn_relu"])
+@pytest.mark.parametrize("backend", [*OWN, "torch", "bn_relu", "native"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_uint8_image_is_normalised_before_it_is_padded(backend, training):
     case = CASES["odd-sides"]
@@ -214,7 +215,7 @@ def test_a_uint8_image_is_normalised_before_it_is_padded(backend, training):
     torch.testing.assert_close(tokens, case.layer_by_layer(training)(normal, *rest), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", [*OWN, "native"])
 def test_the_gradient_of_a_scaled_image_is_scaled(backend):
     case = CASES["odd-sides"]
     image, *rest = case.inputs(torch.float32)
@@ -232,16 +233,74 @@ def test_the_gradient_of_a_scaled_image_is_scaled(backend):
         torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["bn_relu", "native"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_library_with_bn_relu_between_its_convolutions_is_as_exact(training, dtype):
-    case = CASES["strides-1-and-2"]
+@pytest.mark.parametrize("name", ["strides-1-and-2", "odd-sides", "one-channel", "plain", "patchify"])
+def test_the_library_with_bn_relu_between_its_convolutions_is_as_exact(backend, training, dtype, name):
+    case = CASES[name]
     grad = torch.randn(case.batch, case.tokens(), case.width)
-    ours, library = case.ours("bn_relu", training), case.layer_by_layer(training)
+    ours, library = case.ours(backend, training), case.layer_by_layer(training)
     assert_no_worse_than_library(ours, library, case.inputs(dtype), [grad], roundings=10)
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 17, 13), (1, 1, 5, 7), (2, 4, 3, 3)])
+def test_native_pixels_are_the_normalisation_rounded_once_whatever_the_strides(shape, dtype):
+    image = torch.randint(256, shape, dtype=torch.uint8)
+    scale, shift = torch.rand(shape[1]) / 50, torch.randn(shape[1])
+    expected = scaled_pixels(image, scale, shift).to(dtype)
+    spread = torch.stack([image, image + 1], -1)[..., 0]
+    for same in (
+        image,
+        image.contiguous(memory_format=torch.channels_last),
+        spread,
+        image.mT.contiguous().mT,
+    ):
+        found = native._pixels(same, scale, shift, dtype)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found, expected)
+    torch.library.opcheck(torch.ops.fastvitc.native_pixels.default, (image, scale, shift, dtype))
+
+
+def test_native_gives_the_same_bits_again_and_on_two_threads():
+    case = CASES["4-stage"]
+    args = case.inputs(torch.bfloat16)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            results.append(outputs_and_gradients(case.ours("native", True), args))
+    finally:
+        torch.set_num_threads(before)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_native_compiles_as_one_graph_from_a_uint8_image(training):
+    case = CASES["odd-sides"]
+    _, *rest = case.inputs(torch.float32)
+    image = torch.randint(256, (case.batch, 3, *case.image), dtype=torch.uint8)
+    sizes = {"strides": (2, 2, 1), "paddings": (1, 1, 0), "backend": "native"}
+    pixels = {"pixel_scale": torch.full((3,), 0.01), "pixel_shift": torch.full((3,), -1.0)}
+
+    def run(*rest):
+        return conv_stem(*case.split([image, *rest]), training, **pixels, **sizes)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=False)
+    for f, e in zip(outputs_and_gradients(compiled, rest), outputs_and_gradients(run, rest), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_native_refuses_float64_with_the_backend_that_takes_it(training):
+    case = CASES["plain"]
+    with pytest.raises(TypeError, match=r"takes float32, float16 or bfloat16, got torch\.float64"):
+        case.ours("native", training)(*case.inputs())
+
+
+@pytest.mark.parametrize("backend", [*OWN, "native"])
 def test_any_strides_of_image_weights_and_gradient_are_taken(backend):
     case = CASES["odd-sides"]
     args = case.inputs(torch.float32)
@@ -281,7 +340,7 @@ def test_evaluation_keeps_nothing_for_backward_where_no_gradient_is_asked(backen
     torch.testing.assert_close(plain, kept.detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", [*OWN, "native"])
 def test_a_diverged_input_shows(backend):
     case = CASES["4-stage"]
     image, *rest = case.inputs(torch.float32)
@@ -290,7 +349,7 @@ def test_a_diverged_input_shows(backend):
     assert case.ours(backend, False)(image, *rest).isnan().any()
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", [*OWN, "native"])
 def test_the_gradient_of_the_image_is_only_made_where_asked(backend):
     case = CASES["odd-sides"]
     image, *parameters = case.inputs(torch.float32)
@@ -325,7 +384,7 @@ def test_registration_passes_opcheck(backend, training, name):
     torch.library.opcheck(torch.ops.fastvitc.conv_stem.default, args)
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", [*OWN, "torch", "native"])
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast_keeps_statistics_and_positions_in_float32(backend, training):
     case = CASES["4-stage"]
@@ -406,7 +465,7 @@ def test_the_gradients_of_class_token_and_positions_add_up_apart(backend):
         torch.testing.assert_close(tensor.grad, 2 * gradient, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("backend", [*OWN, "native"])
 def test_no_images_give_no_tokens_and_zero_gradients(backend):
     case = CASES["odd-sides"]
     image, *rest = case.inputs(torch.float32)
@@ -415,7 +474,7 @@ def test_no_images_give_no_tokens_and_zero_gradients(backend):
     assert not any(gradient.any() for gradient in found[1:])
 
 
-@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("backend", [*OWN, "torch", "native"])
 def test_a_layer_without_output_is_refused(backend):
     case = Case((3, 4), (1,), 4, (2, 2))
     image, convs, *rest = case.split(case.inputs(torch.float32))
