@@ -99,8 +99,8 @@ def conv_stem(
     Native computes channels-last whatever the layout of the image, reads a uint8 image once and writes it normalised in
     the convolutions' dtype, and saves what PyTorch's convolutions save and z_i; BatchNorm and ReLU are two passes each
     way.
-    From uint8 at 224 pixels, forward and backward, Triton moves 10.1 MB per image for the 1GF stem and 20.0 MB for the 4GF
-    stem, 0.54 and 0.55 of inductor's own count (counted at batch 128, `python -m bench.traffic`). Its speed is not
+    From uint8 at 224 pixels, forward and backward, Triton moves 10.1 MB per image for the 1GF stem and 20.0 MB for the
+    4GF stem, 0.54 and 0.55 of inductor's own count (counted at batch 128, `python -m bench.traffic`). Its speed is not
     measured on a GPU.
 
     Raises:
