@@ -47,7 +47,8 @@ def forward_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
 def backward_blocks(dtype: torch.dtype, head_dim: int, architecture: str) -> Blocks:
     """Sizes of the backward kernel: as large as registers allow; 64 rows make warp-group instructions on sm_90."""
     if dtype == torch.float32:
-        return Blocks(16, 16, 4, 1) if head_dim <= 64 else Blocks(16, 32, 8, 1)
+        side = 32 if head_dim <= 32 else 16  # tiles that give each lane of gfx942 128 bits to load
+        return Blocks(side, side, 4, 1) if head_dim <= 64 else Blocks(16, 32, 8, 1)
     if head_dim > 64:
         return Blocks(32, 32, 4, 1)
     return Blocks(64, 64, 4, 1) if architecture in ("sm_90", "sm_100") else Blocks(64, 32, 4, 1)
