@@ -148,7 +148,8 @@ class TrainSettings:
         return self.image_size[0], self.image_size[-1]
 
     def check(self) -> None:
-        """Raise UsageError for numbers out of their range."""
+        """Raise UsageError for an unknown model and for numbers out of their range."""
+        preset(self.model)
         ranges = {
             "epochs": (1, None),
             "batch_size": (1, None),

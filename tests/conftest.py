@@ -10,6 +10,7 @@ else:
 
 import pytest
 
+from fastvitc.files import cache_folder
 from fastvitc.kernels._native import no_native
 
 # One thread per test process: the suite runs in parallel processes instead.
@@ -24,16 +25,19 @@ def _seeded():
 
 @pytest.fixture(autouse=True, scope="session")
 def _native_library():
-    """Loaded, and built if need be, once for all test processes: before each test gets an empty cache folder."""
+    """The folder of the CPU kernels; they are built, if need be, once for all test processes."""
     no_native("cpu")
+    return cache_folder() / "native"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """An empty cache folder: what was measured on this machine changes no test."""
+def cache(tmp_path_factory, monkeypatch, _native_library):
+    """A cache folder with nothing but the CPU kernels: what was measured on this machine changes no test."""
     from fastvitc.kernels import _choices
 
     folder = tmp_path_factory.mktemp("cache")
+    if _native_library.exists():
+        (folder / "native").symlink_to(_native_library)
     monkeypatch.setenv("FASTVITC_CACHE", str(folder))
     monkeypatch.setattr(_choices, "_known", {})
     return folder

@@ -29,6 +29,13 @@ print(torch.ops.fastvitc_native.one())
 """
 
 
+@pytest.fixture
+def empty(cache):
+    """The cache folder without the kernels that all tests share."""
+    (cache / "native").unlink(missing_ok=True)
+    return cache
+
+
 def compiler(folder, script):
     """An executable that stands in for the C++ compiler."""
     path = folder / "compiler"
@@ -43,17 +50,17 @@ def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch):
     assert "install g++ or clang++, or set CXX" in obstacle()
 
 
-def test_a_failed_build_gives_the_compilers_message_and_leaves_nothing(monkeypatch, tmp_path, cache, capfd):
+def test_a_failed_build_gives_the_compilers_message_and_leaves_nothing(monkeypatch, tmp_path, empty, capfd):
     script = 'case "$*" in *version*|*-v) echo compiler 1.0;; *) echo this flag is unknown; exit 1;; esac'
     monkeypatch.setenv("CXX", compiler(tmp_path, script))
     assert "this flag is unknown" in obstacle()
     assert "building the CPU kernels" in capfd.readouterr().err
-    assert [path.suffix for path in (cache / "native").iterdir()] == [".lock"]
+    assert [path.suffix for path in (empty / "native").iterdir()] == [".lock"]
 
 
-def test_a_cache_that_cannot_be_written_names_the_variable_to_set(monkeypatch, cache):
-    (cache / "file").write_text("")
-    monkeypatch.setenv("FASTVITC_CACHE", str(cache / "file"))
+def test_a_cache_that_cannot_be_written_names_the_variable_to_set(monkeypatch, empty):
+    (empty / "file").write_text("")
+    monkeypatch.setenv("FASTVITC_CACHE", str(empty / "file"))
     assert "set FASTVITC_CACHE to a writable folder" in obstacle()
 
 
@@ -67,7 +74,7 @@ def test_where_it_cannot_run_auto_goes_on_info_says_why_and_an_explicit_choice_r
         attention(qkv, 1, backend="native")
 
 
-def test_processes_that_need_it_at_once_build_it_once_and_later_ones_not_at_all(tmp_path, cache):
+def test_processes_that_need_it_at_once_build_it_once_and_later_ones_not_at_all(tmp_path, empty):
     source = tmp_path / "native.cpp"
     source.write_text(TINY)
 
@@ -80,7 +87,7 @@ def test_processes_that_need_it_at_once_build_it_once_and_later_ones_not_at_all(
         answers = [*pool.map(run, range(3)), run(None)]
     assert [answer.stdout.split() for answer in answers] == [["None", "1"]] * 4, answers[0].stderr
     assert sum("built in" in answer.stderr for answer in answers) == 1
-    assert len(list((cache / "native").glob("*.so"))) == 1
+    assert len(list((empty / "native").glob("*.so"))) == 1
 
 
 @pytest.mark.parametrize("changed", ["source", "compiler", "flags", "torch"])

@@ -96,7 +96,10 @@ def test_a_run_leaves_weights_curves_summary_settings_and_state(finished):
     assert [row.epoch for row in read_summary(folder / "summary.csv")] == [1, 2]
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["batch_size"] == 16
-    assert args["backend"] == "attention=torch,bn_relu=torch,conv_stem=torch"
+    assert (
+        args["backend"]
+        == "add_layer_norm=native,attention=native,bias_gelu=native,bn_relu=native,conv_stem=native"
+    )
     assert load_state(folder)["epoch"] == 2
     assert list((folder / "tensorboard").iterdir())
 
@@ -106,7 +109,7 @@ def test_the_log_names_convention_peak_backends_and_rates(finished):
     for words in (
         "multiply-adds and bias adds",
         "MFU: 3 x forward FLOPs x 2",
-        "ops: attention torch",
+        "attention native",
         "images/s",
     ):
         assert words in log
@@ -167,7 +170,7 @@ def test_a_resumed_run_keeps_its_backends_unless_told_to_choose_anew(few_digits,
     def backend_after(*args):
         train_program.train(train_program.read_settings([*map(str, args)]))
         state = load_state(tmp_path / "run")
-        assert state["settings"]["backend"].startswith(f"attention={state['backends']['attention']},")
+        assert f"attention={state['backends']['attention']}" in state["settings"]["backend"].split(",")
         return state["backends"]["attention"]
 
     measured_fastest("flash")
@@ -461,5 +464,5 @@ def test_evaluation_reads_other_libraries_checkpoints(finished, few_digits, tmp_
 def test_info_lists_versions_backends_and_models():
     done = program("info")
     assert done.returncode == 0, done.stderr
-    for words in ("torch", "attention: auto takes torch", "vitc_36gf", "167,796,008", "35.0258"):
+    for words in ("torch", "attention: auto takes native", "vitc_36gf", "167,796,008", "35.0258"):
         assert words in done.stdout
