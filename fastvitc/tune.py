@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -38,8 +38,8 @@ class TuneSettings:
     """Side in pixels, or height and width; by default the model's."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    compile: bool = True
-    """torch.compile of each op, as training does it."""
+    compile: bool = field(default_factory=torch.cuda.is_available)
+    """torch.compile of each op, as training does it: by default where there is a GPU."""
     rounds: int = _ROUNDS
     """Passes over the backends; the median counts."""
 

@@ -17,12 +17,12 @@ namespace {
 
 constexpr int64_t kRows = 32;
 
-// `t` and `d`: tokens and dims as scratch is laid out; `columns` and `depth`: those of them that a product writes as its
-// right dimension and sums over. Between `columns` and `t` scratch stays zero.
+// `t` and `d`: tokens and dims as scratch is laid out, zero at first beyond the tokens; `depth`: tokens that a product
+// sums over.
 struct Shape {
   int64_t tokens, heads, dim;
   int64_t t = round_up(tokens, kTile), d = round_up(dim, kTile);
-  int64_t columns = round_up(tokens, 16), depth = round_up(tokens, 2);
+  int64_t depth = round_up(tokens, 2);
 };
 
 // exp to about the accuracy of what is done with it: bfloat16 products of it, or float32 ones.
@@ -88,7 +88,7 @@ class Forward {
     pack<M>(rows_, s_.t, s_.d, v_);
     for (int64_t first = 0; first < s_.tokens; first += kRows) {
       const int64_t rows = std::min(kRows, s_.tokens - first);
-      multiply<M>(rows, s_.columns, s_.d, q_ + first * s_.d, s_.d, k_, s_.t, scores_, s_.t, false);
+      multiply<M>(rows, s_.tokens, s_.d, q_ + first * s_.d, s_.d, k_, s_.t, scores_, s_.t, false);
       float sums[kRows];
       for (int64_t row = 0; row < rows; ++row) {
         auto [max, total] = softmax_row<M>(scores_ + row * s_.t, p_ + row * s_.t, scale, s_);
@@ -140,11 +140,11 @@ class Backward {
     std::fill_n(lse_ + s_.tokens, s_.t - s_.tokens, std::numeric_limits<float>::infinity());
     for (int64_t first = 0; first < s_.tokens; first += kRows) {
       const int64_t rows = std::min(kRows, s_.tokens - first), depth = round_up(rows, 2);
-      multiply<M>(depth, s_.columns, s_.d, k_ + first * s_.d, s_.d, qt_, s_.t, scores_, s_.t, false);
-      multiply<M>(depth, s_.columns, s_.d, v_ + first * s_.d, s_.d, dot_, s_.t, dp_, s_.t, false);
+      multiply<M>(depth, s_.tokens, s_.d, k_ + first * s_.d, s_.d, qt_, s_.t, scores_, s_.t, false);
+      multiply<M>(depth, s_.tokens, s_.d, v_ + first * s_.d, s_.d, dot_, s_.t, dp_, s_.t, false);
       for (int64_t row = 0; row < depth; ++row) probabilities(row, scale);
       pack<M>(ds_, depth, s_.t, ds_packed_);
-      multiply<M>(s_.d, s_.columns, depth, kt_ + first, s_.t, ds_packed_, s_.t, dqt_, s_.t, first > 0);
+      multiply<M>(s_.d, s_.tokens, depth, kt_ + first, s_.t, ds_packed_, s_.t, dqt_, s_.t, first > 0);
       T* dk = dqkv + first * 3 * width + width;
       multiply<M>(rows, s_.d, s_.depth, ds_, s_.t, q_, s_.d, grad_, s_.d, false);
       scatter(dk, rows);
