@@ -32,7 +32,7 @@ def two(monkeypatch):
         for name in backends.obstacle.keys() & {"triton", "bn_relu"}:
             monkeypatch.setitem(backends.obstacle, name, lambda device_type: "not in this test")
     monkeypatch.setattr(_native, "_obstacle", lambda: "not in this test")
-    one = dict.fromkeys(("add_layer_norm", "bias_gelu", "conv_stem"), ["torch"])
+    one = {op: ["torch"] for op in ("add_layer_norm", "bias_gelu", "conv_stem")}
     assert candidates() == {"attention": ["torch", "flash"], "bn_relu": ANY, **one}
 
 
