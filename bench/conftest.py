@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.contest import Arena
+from bench.runtimes import PACKAGES
 from bench.scale import FULL, QUICK
 from fastvitc.config import preset
 from fastvitc.distributed import pick_device
@@ -52,7 +53,7 @@ def pytest_sessionstart(session):
     config = session.config
     config.machine = {
         "device": describe(config.device),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "dtype": config.getoption("--dtype"),
         "batch_size": config.scale.batch_size,
         "convention": CONVENTION,
