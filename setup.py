@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 
 peers = ["timm>=1.0.15"]
+runtimes = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "openvino>=2025.0"]
 dali = ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"]
 xformers = ["xformers>=0.0.33; platform_system == 'Linux'"]
 test = [
@@ -51,6 +52,7 @@ setup(
         "dali": dali,
         "xformers": xformers,
         "timm": peers,
+        "bench": [*peers, *runtimes],
         "test": test,
         "dev": [*test, "ruff>=0.9", "build>=1.2"],
     },

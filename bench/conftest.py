@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.contest import Arena
+from bench.contest import CONVENTION, Arena
+from bench.runtimes import PACKAGES
 from bench.scale import FULL, QUICK
 from fastvitc.config import preset
 from fastvitc.distributed import pick_device
 from fastvitc.kernels import chosen
 from fastvitc.machine import copy_peak, describe, matmul_peak, versions
-
-CONVENTION = "FLOPs: a multiply-add is two; training is 3 x forward"
 
 
 def pytest_addoption(parser):
@@ -52,7 +51,7 @@ def pytest_sessionstart(session):
     config = session.config
     config.machine = {
         "device": describe(config.device),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "dtype": config.getoption("--dtype"),
         "batch_size": config.scale.batch_size,
         "convention": CONVENTION,

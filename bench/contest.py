@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CONVENTION = "FLOPs: a multiply-add is two; training is 3 x forward"
+
 
 class Candidate(NamedTuple):
     """`run` is timed; `tensors` gives, by the same code, what is compared with the truth."""

@@ -48,8 +48,9 @@ MODELS: dict[str, Callable[[ViTConfig], nn.Module]] = {
 def models(device: torch.device) -> dict[str, Callable[[ViTConfig], nn.Module]]:
     """`MODELS`, and ours on the Triton kernels where they run on the device."""
     found = dict(MODELS)
-    if all(op["triton"] is None for op in availability(device).values()):
-        found["fastvitc triton"] = partial(trained_like, backend="triton")
+    obstacles = {op: own["triton"] for op, own in availability(device).items() if "triton" in own}
+    if not any(obstacles.values()):
+        found["fastvitc triton"] = partial(trained_like, backend=dict.fromkeys(obstacles, "triton"))
     return found
 
 

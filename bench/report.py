@@ -1,8 +1,9 @@
-"""A table and a plot from the suite's JSON: `python -m bench.report results.json [--plot ratios.png]`.
+"""Tables and a plot from the suite's JSON: `python -m bench.report results.json [--plot ratios.png]`.
 
-For each group: the median time of a call over all passes; the ratio to the best peer, pass by pass, as the median of
-(peer's time / ours), so that above 1 is faster and a drift of the machine cancels; and the share of the peak that was
-measured at the start of the same run, of FLOPs where a group counts them, else of bytes.
+First our best contender beside the best peer, for the models and attention. Then, for each group: the median time of a
+call over all passes; the ratio to the best peer, pass by pass, as the median of (peer's time / ours), so that above 1
+is faster and a drift of the machine cancels; and the share of the peak that was measured at the start of the same run,
+of FLOPs where a group counts them, else of bytes.
 """
 
 import argparse
@@ -74,13 +75,51 @@ def _rows(contenders: dict[str, dict[int, dict]], machine: dict) -> list[Row]:
     return sorted(rows, key=lambda row: row.seconds)
 
 
+def _best(rows: list[Row]) -> Row | None:
+    """Our fastest beside peers, the reference left out."""
+    ours = (row for row in rows if row.ours and row.ratio is not None and "reference" not in row.contender)
+    return min(ours, key=lambda row: row.seconds, default=None)
+
+
+#: Rows of the headline → how the names of their groups begin and end; the model comes next.
+_HEADLINE = {
+    "training step": ("training step", ""),
+    "inference": ("inference", ""),
+    "attention, forward + backward": ("attention", ", forward + backward"),
+}
+
+
+def headline(groups: dict[str, list[Row]]) -> str:
+    """In Markdown, a row for each measured group of `_HEADLINE`, a column for each model: ratio (ours; best peer)."""
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for title, (what, ending) in _HEADLINE.items():
+        for name, rows in groups.items():
+            best = _best(rows)
+            if best and name.startswith(f"{what}, ") and name.endswith(ending):
+                peer = min((row for row in rows if not row.ours), key=lambda row: row.seconds)
+                model = name.split(", ")[1]
+                cells[title][model] = f"{best.ratio:.2f} ({best.contender}; {peer.contender})"
+    models = list(dict.fromkeys(model for row in cells.values() for model in row))
+    lines = [f"| best peer's time / ours | {' | '.join(models)} |", f"|{'---|' * (1 + len(models))}"]
+    for title, row in cells.items():
+        lines.append(f"| {title} | {' | '.join(row.get(model, '') for model in models)} |")
+    return "\n".join(lines) if cells else ""
+
+
+def machine_line(device: str, versions: dict[str, str]) -> str:
+    """Where and with what something was measured."""
+    return f"Machine: {device}; {', '.join(f'{name} {version}' for name, version in versions.items())}."
+
+
 def table(machine: dict, groups: dict[str, list[Row]]) -> str:
     """The report in Markdown."""
     lines = [
-        f"Machine: {machine['device']}; {', '.join(f'{k} {v}' for k, v in machine['versions'].items())}.",
+        machine_line(machine["device"], machine["versions"]),
         f"dtype {machine['dtype']}, batch {machine['batch_size']}. {machine['convention']}. Peaks measured in the same "
         f"run: {machine['matmul_peak'] / 1e12:.3g}e12 FLOP/s, {machine['copy_peak'] / 1e9:.3g}e9 B/s.",
         "Ratio: the best peer's time over this one's, median over alternating passes; above 1 is faster.",
+        "",
+        headline(groups),
     ]
     for name, rows in groups.items():
         lines += [
@@ -108,11 +147,8 @@ def plot(groups: dict[str, list[Row]], path: Path) -> None:
 
     best = {}
     for name, rows in groups.items():
-        ours = [
-            row for row in rows if row.ours and row.ratio is not None and "reference" not in row.contender
-        ]
-        if ours:
-            fastest = min(ours, key=lambda row: row.seconds)
+        fastest = _best(rows)
+        if fastest:
             best[f"{name}: {fastest.contender}"] = fastest.ratio
     figure = Figure(figsize=(11, 1 + 0.35 * len(best)), layout="constrained")
     axes = figure.subplots()

@@ -6,7 +6,8 @@ import torch
 
 from bench.contest import Candidate, Contest
 from bench.models import image_batch, models, trained_like
-from fastvitc import complexity
+from bench.runtimes import runtimes
+from fastvitc import complexity, optimize_for_inference
 from fastvitc.distributed import Process
 from fastvitc.engine import Objective, TrainStep, input_of
 from fastvitc.optim import create_optimizer
@@ -30,7 +31,7 @@ def _truth_of_training(config, batch_size, device):
     return _loss_and_gradient_norm(objective, images, _labels(config, batch_size, device))
 
 
-def _training(build, config, batch_size, device, dtype, compile):
+def training_step(build, config, batch_size, device, dtype, compile):
     model = build(config).to(device, memory_format=torch.channels_last)
     images, labels = image_batch(config, batch_size, device), _labels(config, batch_size, device)
     optimizer = create_optimizer(model, "adamw", lr=1e-6, weight_decay=0.0)
@@ -63,22 +64,46 @@ def _inference(build, config, batch_size, device, dtype, compile):
     )
 
 
+def _optimized(config, images, dtype):
+    return optimize_for_inference(trained_like(config).to(images.device), dtype=dtype)
+
+
+def _deployed(build, config, batch_size, device, dtype):
+    images = image_batch(config, batch_size, device)
+    run = build(config, images, dtype)
+    return Candidate(run=lambda: run(images), tensors=lambda: [run(images)])
+
+
+def _eager_and_compiled(build, config, batch_size, device, dtype):
+    return {
+        f"{library}{' compiled' if compile else ''}": partial(
+            build, model, config, batch_size, device, dtype, compile
+        )
+        for library, model in models(device).items()
+        for compile in (False, True)
+    }
+
+
 def model_contests(name, config, batch_size, device, dtype):
     forward = 2 * complexity(config).flops * batch_size
     args = (config, batch_size, device)
-    for what, truth, build, flops in (
-        ("training step", _truth_of_training, _training, 3 * forward),
-        ("inference", _truth_of_inference, _inference, forward),
-    ):
-        contenders = {
-            f"{library}{' compiled' if compile else ''}": partial(build, model, *args, dtype, compile)
-            for library, model in models(device).items()
-            for compile in (False, True)
-        }
-        title = f"{what}, {name}, batch {batch_size}"
-        yield Contest(
-            title, partial(truth, *args), contenders, flops=flops, images=batch_size, tolerance=5e-2
-        )
+    figures = {"images": batch_size, "tolerance": 5e-2}
+    yield Contest(
+        f"training step, {name}, batch {batch_size}",
+        partial(_truth_of_training, *args),
+        _eager_and_compiled(training_step, *args, dtype),
+        flops=3 * forward,
+        **figures,
+    )
+    deployed = {"fastvitc optimized": _optimized, **runtimes(device)}
+    yield Contest(
+        f"inference, {name}, batch {batch_size}",
+        partial(_truth_of_inference, *args),
+        _eager_and_compiled(_inference, *args, dtype)
+        | {title: partial(_deployed, build, *args, dtype) for title, build in deployed.items()},
+        flops=forward,
+        **figures,
+    )
 
 
 def contests(scale, device, dtype):

@@ -11,11 +11,11 @@ from bench.least import stem_bytes
 from bench.models import MODELS, image_batch, one_block, trained_like
 from fastvitc.complexity import block_complexity, stem_complexity
 from fastvitc.engine import Normalize
-from fastvitc.kernels import attention, availability, bn_relu
+from fastvitc.kernels import add_layer_norm, attention, availability, bias_gelu, bn_relu
 
 
 def _candidate(build, inputs, backward, compile):
-    """The output of the function that `build` makes; with `backward` also the gradients of inputs that require one, and
+    """What the function that `build` makes gives; with `backward` also the gradients of inputs that require one, and
     the norm of all parameters'."""
     function = build()
     run = torch.compile(function, fullgraph=True, dynamic=False) if compile else function
@@ -23,19 +23,24 @@ def _candidate(build, inputs, backward, compile):
     leaves = [t.detach().requires_grad_(backward and t.requires_grad) for t in inputs]
     wanted = [t for t in leaves if t.requires_grad]
 
+    def outputs():
+        found = run(*leaves)
+        return [found] if isinstance(found, torch.Tensor) else list(found)
+
     def forward():
         with torch.no_grad():
-            return [run(*leaves)]
+            return outputs()
 
     def forward_backward():
-        out = run(*leaves)
-        return [out, *torch.autograd.grad(out, [*wanted, *parameters], torch.ones_like(out))]
+        found = outputs()
+        ones = [torch.ones_like(t) for t in found]
+        return [*found, *torch.autograd.grad(found, [*wanted, *parameters], ones)]
 
     def tensors():
         if not backward:
             return forward()
         results = forward_backward()
-        count = 1 + len(wanted)
+        count = len(results) - len(parameters)
         norms = [t.float().norm() for t in results[count:]]
         return results[:count] + ([torch.linalg.vector_norm(torch.stack(norms))] if norms else [])
 
@@ -117,6 +122,62 @@ def bn_relu_contests(name, config, batch_size, device, dtype):
             builds,
             partial(ours, "reference"),
             [t.requires_grad_() for t in (x, weight, bias)],
+            backward,
+            bytes=x.nbytes * (5 if backward else 2),
+        )
+
+
+def add_layer_norm_contests(name, config, batch_size, device, dtype):
+    """The float32 residual stream and a branch of the autocast dtype → their sum, and in that dtype its LayerNorm.
+
+    Bytes: forward reads both and writes both results; backward reads both gradients and the sum and writes the stream's
+    gradient, which is the branch's too where their dtypes are one, else it writes both.
+    """
+    torch.manual_seed(0)
+    shape = batch_size, config.tokens, config.width
+    x, branch = torch.randn(shape, device=device), torch.randn(shape, device=device).to(dtype)
+    weight, bias = torch.rand(config.width, device=device) + 0.5, torch.randn(config.width, device=device)
+
+    def peer(x, branch, weight, bias):
+        total = x + branch
+        return total, F.layer_norm(total, weight.shape, weight, bias, 1e-6).to(branch.dtype)
+
+    def ours(backend, x, branch, weight, bias):
+        with torch.autocast(device.type, branch.dtype, enabled=branch.dtype != torch.float32):
+            return add_layer_norm(x, branch, weight, bias, 1e-6, backend=backend)
+
+    builds = {f"fastvitc {b}": partial(partial, ours, b) for b in _own("add_layer_norm", device)}
+    builds["add, layer_norm"] = lambda: peer
+    forward = 2 * x.nbytes + 2 * branch.nbytes
+    dbranch = 0 if branch.dtype == x.dtype else branch.nbytes
+    for backward in (False, True):
+        yield _contest(
+            f"add_layer_norm, {name}, batch {batch_size}, {config.tokens} tokens of {config.width}",
+            builds,
+            partial(partial, ours, "reference"),
+            [t.requires_grad_() for t in (x, branch, weight, bias)],
+            backward,
+            bytes=forward + backward * (3 * x.nbytes + branch.nbytes + dbranch),
+        )
+
+
+def bias_gelu_contests(name, config, batch_size, device, dtype):
+    """Bytes: forward reads x and writes y; backward reads dy and x and writes dx."""
+    torch.manual_seed(0)
+    x = torch.randn(batch_size, config.tokens, config.mlp_width, device=device).to(dtype)
+    bias = torch.randn(config.mlp_width, device=device)
+
+    def peer(x, bias):
+        return F.gelu(x + bias.to(x.dtype))
+
+    builds = {f"fastvitc {b}": partial(partial, bias_gelu, backend=b) for b in _own("bias_gelu", device)}
+    builds["add, gelu"] = lambda: peer
+    for backward in (False, True):
+        yield _contest(
+            f"bias_gelu, {name}, batch {batch_size}, {config.tokens} tokens of {config.mlp_width}",
+            builds,
+            partial(partial, bias_gelu, backend="reference"),
+            [t.requires_grad_() for t in (x, bias)],
             backward,
             bytes=x.nbytes * (5 if backward else 2),
         )
@@ -211,7 +272,14 @@ def block_contests(name, config, batch_size, device, dtype):
 
 
 def contests(scale, device, dtype):
-    parts = (attention_contests, bn_relu_contests, stem_contests, block_contests)
+    parts = (
+        attention_contests,
+        bn_relu_contests,
+        add_layer_norm_contests,
+        bias_gelu_contests,
+        stem_contests,
+        block_contests,
+    )
     return [
         contest
         for name, config in scale.models.items()

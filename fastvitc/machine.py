@@ -35,10 +35,10 @@ def describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and the libraries that matter here; "not installed" where one is missing."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, the libraries that matter here and `more` packages; "not installed" where one is missing."""
     dali = next((package for package in _DALI if _version(package)), _DALI[0])
-    found = {package: _version(package) or "not installed" for package in (*_PACKAGES, dali)}
+    found = {package: _version(package) or "not installed" for package in (*_PACKAGES, dali, *more)}
     return {"python": platform.python_version(), **found}
 
 

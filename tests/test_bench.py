@@ -181,6 +181,42 @@ def test_contenders_that_share_no_pass_have_no_ratio(results):
     assert {row.contender: row.ratio for row in groups["g"]} == {"fastvitc": None, "peer": 1.0}
 
 
+@pytest.fixture
+def models(results):
+    """Two models; of the second no inference and no backward of attention was timed."""
+    times = {
+        "training step, vitc_1gf, batch 4": {"fastvitc": 3, "fastvitc compiled": 2, "timm": 8, "timm compiled": 5},
+        "inference, vitc_1gf, batch 4": {"fastvitc optimized": 2, "fastvitc reference": 1, "OpenVINO": 1},
+        "attention, vitc_1gf, batch 4, 5 tokens, 1 heads of 8, forward": {"fastvitc native": 1, "sdpa": 9},
+        "attention, vitc_1gf, batch 4, 5 tokens, 1 heads of 8, forward + backward": {
+            "fastvitc native": 2, "fastvitc torch": 3, "sdpa": 4, "sdpa compiled": 3
+        },
+        "training step, vitc_4gf, batch 4": {"fastvitc": 4, "torchvision": 4},
+        "block, vitc_4gf, batch 4, forward + backward": {"fastvitc": 4, "torchvision": 4},
+    }  # fmt: skip
+    path = results(*(entry(group, name, 0, t) for group, row in times.items() for name, t in row.items()))
+    return report.read(path)[1]
+
+
+def test_the_headline_has_our_best_contender_beside_the_best_peer(models):
+    assert report.headline(models).splitlines() == [
+        "| best peer's time / ours | vitc_1gf | vitc_4gf |",
+        "|---|---|---|",
+        "| training step | 2.50 (fastvitc compiled; timm compiled) | 1.00 (fastvitc; torchvision) |",
+        "| inference | 0.50 (fastvitc optimized; OpenVINO) |  |",
+        "| attention, forward + backward | 1.50 (fastvitc native; sdpa compiled) |  |",
+    ]
+
+
+def test_results_without_the_headlines_groups_have_none(product):
+    assert report.headline(report.read(product)[1]) == ""
+
+
+def test_the_report_begins_with_the_headline(models):
+    text = report.table(MACHINE, models)
+    assert report.headline(models) in text.split("###")[0]
+
+
 def test_main_prints_the_table(product, capsys):
     report.main([str(product)])
     out = capsys.readouterr().out
