@@ -30,9 +30,19 @@ def sdist(source, tmp_path_factory):
     return build("sdist", source, tmp_path_factory.mktemp("sdist"))
 
 
+SOURCES = (".py", ".cpp", ".h")
+
+
+def sources_of(wheel):
+    return {name for name in wheel.namelist() if name.endswith(SOURCES)}
+
+
 def modules_of(source):
+    """Every Python module and every source of the CPU kernels, by their place in the wheel."""
     kernels = {
-        f"fastvitc/kernels/{p.relative_to(source / 'kernels')}" for p in (source / "kernels").rglob("*.py")
+        f"fastvitc/kernels/{p.relative_to(source / 'kernels')}"
+        for p in (source / "kernels").rglob("*")
+        if p.suffix in SOURCES
     }
     rest = {
         str(p.relative_to(source)) for p in (source / "fastvitc").rglob("*.py") if "kernels" not in p.parts
@@ -43,8 +53,8 @@ def modules_of(source):
 def test_the_wheel_holds_every_module_and_no_top_level_kernels(source, tmp_path):
     with zipfile.ZipFile(build("wheel", source, tmp_path)) as wheel:
         names = set(wheel.namelist())
-    assert {n for n in names if n.endswith(".py")} == modules_of(source)
-    assert "fastvitc/py.typed" in names
+        assert sources_of(wheel) == modules_of(source)
+    assert {"fastvitc/py.typed", "fastvitc/kernels/attention/native.cpp"} <= names
 
 
 def test_the_sdist_builds_the_same_wheel(source, sdist, tmp_path):
@@ -52,7 +62,7 @@ def test_the_sdist_builds_the_same_wheel(source, sdist, tmp_path):
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = (p for p in tmp_path.iterdir() if p.is_dir())
     with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as wheel:
-        assert {n for n in wheel.namelist() if n.endswith(".py")} == modules_of(source)
+        assert sources_of(wheel) == modules_of(source)
 
 
 def test_the_kernels_are_one_package(request):

@@ -5,11 +5,12 @@ def test_the_readmes_python_runs_and_gives_the_shapes_it_names(request, tmp_path
     monkeypatch.chdir(tmp_path)
     text = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["logits"].shape == (2, 10)
+    assert names["answers"].shape == (8, 1000)
     assert names["tokens"].shape == (2, 196, 384)
 
 

@@ -2,33 +2,22 @@
 
 import pytest
 import torch
+import training
 
 from fastvitc import create_model
-from fastvitc.distributed import Process
-from fastvitc.engine import TrainStep
 from fastvitc.kernels import attention, bn_relu, conv_stem
-from fastvitc.optim import create_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+IMAGES = torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(
+    DEVICE, torch.uint8
+)
+BATCH = [(IMAGES, torch.tensor([1, 4], device=DEVICE))]
+
+
 def trained(backend, optimizer, lr, steps, dtype=torch.float32, compile=False):
-    """(losses of the steps, the model after them)."""
-    torch.manual_seed(0)
-    model = create_model("vitc_nano", num_classes=10, backend=backend)
-    torch.nn.init.normal_(model.head.weight, std=0.1)
-    model = model.to(DEVICE, memory_format=torch.channels_last)
-    step = TrainStep(
-        model,
-        create_optimizer(model, optimizer, lr=lr, weight_decay=0.05),
-        Process(0, 1, DEVICE),
-        dtype=dtype,
-        compile=compile,
-    )
-    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.tensor([1, 4], device=DEVICE)
-    return [step([(images, labels, None)]).item() for _ in range(steps)], model
+    return training.trained(BATCH * steps, backend, optimizer, lr, dtype=dtype, compile=compile)
 
 
 def test_three_steps_end_at_the_weights_and_statistics_of_the_reference():
