@@ -21,6 +21,7 @@ using at::Half;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLane = Vec::size();
+
 inline int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }

@@ -20,7 +20,7 @@ def batches():
 def test_fifty_steps_in_float32_follow_the_loss_curve_of_the_reference_to_1e_4(batches):
     (expected, _), (found, _) = (trained(batches, b, "sgd", 0.02) for b in ("reference", "native"))
     assert max(abs(f - e) for f, e in zip(found, expected, strict=True)) < 1e-4
-    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+    assert sum(found[-10:]) < 0.9 * sum(found[:10])
 
 
 def test_fifty_steps_in_bfloat16_stay_near_the_float32_curve(batches):
