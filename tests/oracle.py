@@ -46,3 +46,16 @@ def assert_no_worse_than_library(
             allowed = 2 * measure((t.double() - e).abs()) + measure(rounding)
             found = measure((m.double() - e).abs())
             assert found <= allowed, f"tensor {i}: {measure.__name__} error {found:.3e} > {allowed:.3e}"
+
+
+def assert_same_bits_on_one_thread_and_two(results: Callable[[], Sequence[Tensor]]) -> None:
+    """`results` gives the same tensors again, and with another number of threads."""
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 1, 2):
+            torch.set_num_threads(threads)
+            found.append(results())
+    finally:
+        torch.set_num_threads(before)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))

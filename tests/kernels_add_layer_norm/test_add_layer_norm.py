@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_no_worse_than_library, outputs_and_gradients
+from oracle import assert_no_worse_than_library, assert_same_bits_on_one_thread_and_two, outputs_and_gradients
 
 from fastvitc.kernels import add_layer_norm
 
@@ -115,18 +115,10 @@ def test_strided_inputs_and_expanded_gradients_change_nothing(backend):
         torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_native_repeats_bitwise_and_whatever_the_threads(threads):
+def test_native_gives_the_same_bits_again_and_on_two_threads():
     inputs = tensors(700, 48, branch=torch.bfloat16)
     run = partial(add_layer_norm, backend="native")
-    first = outputs_and_gradients(run, inputs)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        second = outputs_and_gradients(run, inputs)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits_on_one_thread_and_two(lambda: outputs_and_gradients(run, inputs))
 
 
 @pytest.mark.parametrize("backend", OWN)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_no_worse_than_library, outputs_and_gradients
+from oracle import assert_no_worse_than_library, assert_same_bits_on_one_thread_and_two, outputs_and_gradients
 
 from fastvitc.kernels import BackendUnavailable, Measured, attention, record
 
@@ -97,16 +97,10 @@ def test_any_head_size_on_native_errs_at_most_twice_as_much_as_the_library(dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_native_gives_the_same_bits_on_one_thread_and_on_two(dtype):
+def test_native_gives_the_same_bits_again_and_on_two_threads(dtype):
     qkv = torch.randn(3, 197, 3 * 128).to(dtype)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(outputs_and_gradients(partial(attention, num_heads=2, backend="native"), [qkv]))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    run = partial(attention, num_heads=2, backend="native")
+    assert_same_bits_on_one_thread_and_two(lambda: outputs_and_gradients(run, [qkv]))
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_no_worse_than_library, outputs_and_gradients
+from oracle import assert_no_worse_than_library, assert_same_bits_on_one_thread_and_two, outputs_and_gradients
 
 from fastvitc.kernels import bn_relu
 from fastvitc.kernels.bn_relu import triton
@@ -140,16 +140,12 @@ def test_many_blocks_on_native_merge_to_the_same_statistics(channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_gives_the_same_bits_again_and_on_two_threads(training, dtype):
     args, grad = inputs((3, 24, 61, 67), dtype), torch.randn(3, 24, 61, 67)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 1, 2):
-            torch.set_num_threads(threads)
-            run = runner(training, "native", 24)
-            results.append([*outputs_and_gradients(run, args, [grad]), *run.statistics])
-    finally:
-        torch.set_num_threads(before)
-    for again in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+    def results():
+        run = runner(training, "native", 24)
+        return [*outputs_and_gradients(run, args, [grad]), *run.statistics]
+
+    assert_same_bits_on_one_thread_and_two(results)
 
 
 @pytest.mark.parametrize("backend", OWN)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_no_worse_than_library, outputs_and_gradients
+from oracle import assert_no_worse_than_library, assert_same_bits_on_one_thread_and_two, outputs_and_gradients
 
 from fastvitc.kernels import _triton_batch_norm, conv_stem
 from fastvitc.kernels._tokens import scaled_pixels
@@ -266,15 +266,7 @@ def test_native_pixels_are_the_normalisation_rounded_once_whatever_the_strides(s
 def test_native_gives_the_same_bits_again_and_on_two_threads():
     case = CASES["4-stage"]
     args = case.inputs(torch.bfloat16)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 1, 2):
-            torch.set_num_threads(threads)
-            results.append(outputs_and_gradients(case.ours("native", True), args))
-    finally:
-        torch.set_num_threads(before)
-    for again in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+    assert_same_bits_on_one_thread_and_two(lambda: outputs_and_gradients(case.ours("native", True), args))
 
 
 @pytest.mark.parametrize("training", [True, False])
