@@ -126,7 +126,8 @@ def block(config: ViTConfig, ours: bool) -> Build:
 
     def build(batch: int) -> tuple[nn.Module, list[Tensor]]:
         if ours:
-            layer = Block(config.width, config.heads, config.mlp_width, backend="triton")
+            backends = {"attention": "triton", "add_layer_norm": "torch", "bias_gelu": "torch"}
+            layer = Block(config.width, config.heads, config.mlp_width, backend=backends)
         else:
             layer = timm_model(one_block(config)).blocks[0]
         module = _Autocast(lambda module, x: module.layer(x), layer=layer)

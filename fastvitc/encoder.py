@@ -78,7 +78,10 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + Attention(LN x), then x + Mlp(LN x) (Dosovitskiy et al. 2021, equations 2, 3)."""
+    """Pre-norm transformer block: x + Attention(LN x), then x + Mlp(LN x) (Dosovitskiy et al. 2021, equations 2, 3).
+
+    The ops take the parameters of `norm1`, `norm2` and `mlp.fc1`: hooks on these modules are not called.
+    """
 
     def __init__(
         self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0, *, backend: Choice = "auto"

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from fastvitc.encoder import Block, Mlp
@@ -11,20 +12,22 @@ from fastvitc.model import VisionTransformer
 
 
 class FrozenModel(nn.Module):
-    """What `optimize_for_inference` returns; its weights are constants."""
+    """What `optimize_for_inference` returns; its weights are constants of the compiled code."""
 
     def __init__(self, model: VisionTransformer, dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.dtype = model.config, dtype
         self._model = model
-        self._run = torch.compile(model, fullgraph=True, options={"freezing": True})
+        self._model.compile(fullgraph=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Normalised or uint8 image (B, C, H, W) → logits (B, num_classes) float32, as `VisionTransformer`."""
+        self._model.check_image(image)
         if image.is_floating_point():
             image = image.to(self.dtype)
-        return self._run(image.contiguous(memory_format=torch.channels_last)).float()
+        with torch._inductor.config.patch(freezing=True):  # read wherever the call compiles anew
+            return self._model(image.contiguous(memory_format=torch.channels_last)).float()
 
     def train(self, mode: bool = True) -> "FrozenModel":
         if mode:
@@ -38,7 +41,7 @@ def optimize_for_inference(model: VisionTransformer, *, dtype: torch.dtype = tor
     """A copy of a model that only computes logits, as fast as this machine does: compiled, with constant weights.
 
     BatchNorm is folded into the convolutions, weights are cast and packed once, bias, activation and residual sums are
-    part of the products where the compiler has them. The first call of a batch size compiles.
+    part of the products where the compiler has them. The first calls compile, again for a second batch size.
 
     Args:
         model: a trained model; it is left as it is.

@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Normalised or uint8 image (B, C, H, W), see `ConvStem` → tokens after the final LayerNorm (B, S, width)."""
-        self._check(image)
+        self.check_image(image)
         x = self.stem(image, self.class_token, self.pos_embed)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
@@ -65,7 +65,8 @@ class VisionTransformer(nn.Module):
         x = self.forward_features(image)
         return self.head(x[:, 0] if self.config.pool == "token" else x.mean(1))
 
-    def _check(self, image: Tensor) -> None:
+    def check_image(self, image: Tensor) -> None:
+        """Raise ValueError for an image of another shape than the model's."""
         expected = (self.config.in_chans, *self.config.image_size)
         if image.dim() != 4 or tuple(image.shape[1:]) != expected:
             raise ValueError(

@@ -16,7 +16,7 @@ from fastvitc.errors import UsageError
 from fastvitc.kernels._checks import takes
 from fastvitc.kernels._choices import measured
 
-#: A backend for every op, or {op: backend} with "auto" for the ops left out, also as text: "op=backend,op=backend".
+#: A backend for every op that has it, or {op: backend} with "auto" for the ops left out, also as text: "op=backend,op=backend".
 Choice = str | Mapping[str, str]
 
 
@@ -98,14 +98,15 @@ _OPS: dict[str, Backends] = {}
 
 
 def requested(op: str, backend: Choice) -> str:
-    """The backend that a choice names for one op.
+    """The backend that a model's choice names for one op; "auto" for an op without a backend that others have.
 
     Raises:
         UsageError: the choice is neither a name nor {op: name}, or names an op that there is not.
     """
     if isinstance(backend, str):
         if "=" not in backend:
-            return backend
+            elsewhere = any(backend in other.rooms for other in _OPS.values())
+            return "auto" if elsewhere and backend not in _OPS[op].rooms else backend
         parts = (part.partition("=") for part in backend.split(","))
         backend = {name.strip(): choice.strip() for name, _, choice in parts}
     if not isinstance(backend, Mapping) or not all(isinstance(name, str) for name in backend.values()):
@@ -121,7 +122,8 @@ def requested(op: str, backend: Choice) -> str:
 @torch.compiler.assume_constant_result
 def resolve(op: str, backend: Choice, device_type: str, dtype: torch.dtype | None = None) -> str:
     """`Backends.resolve` by the op's name, on the current device of a type; a constant to torch.compile."""
-    return _OPS[op].resolve(requested(op, backend), torch.device(device_type), dtype)
+    name = backend if isinstance(backend, str) and "=" not in backend else requested(op, backend)
+    return _OPS[op].resolve(name, torch.device(device_type), dtype)
 
 
 def chosen(
@@ -131,7 +133,7 @@ def chosen(
 
     Args:
         device: whose backends.
-        backend: one name for every op, or {op: name} with "auto" for the ops left out, or that as text
+        backend: one name for every op that has it, or {op: name} with "auto" for the ops left out, or that as text
             "op=name,op=name".
         dtype: of the ops' arithmetic; without one, auto takes what was last measured in any.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from fastvitc.files import cache_folder
+from fastvitc.files import cache_folder, write_atomically
 
 #: PyTorch's name of the CPU features in use (`ATEN_CPU_CAPABILITY` lowers it) → the compiler's flags for them.
 _FLAGS = {
@@ -47,11 +47,9 @@ def _obstacle() -> str | None:
         compiler = _compiler()
         flags = _flags()
         path = cache_folder() / "native" / f"{_key(compiler, flags)}.so"
-        if not path.exists():
-            _build(path, flags)
-        else:
+        if path.exists() or not _build(path, flags):
             torch.ops.load_library(path)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
     return None
 
@@ -99,8 +97,8 @@ def _key(compiler: str, flags: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(path: Path, flags: list[str]) -> None:
-    """Build the library into `path` and load it, unless another process has meanwhile."""
+def _build(path: Path, flags: list[str]) -> bool:
+    """Build the library into `path` and load it; False if another process has meanwhile built it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
@@ -111,18 +109,26 @@ def _build(path: Path, flags: list[str]) -> None:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
-            torch.ops.load_library(path)
-            return
+            return False
+        for unfinished in path.parent.glob(f".{path.stem}.*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         print("fastvitc: building the CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            _compile(Path(folder), flags)
-            (Path(folder) / f"{_NAMESPACE}.so").replace(path)
+            try:
+                built = _compile(Path(folder), flags)
+            except (ImportError, OSError, RuntimeError):
+                print(
+                    "fastvitc: that failed (fastvitc-info says why); PyTorch's ops are taken", file=sys.stderr
+                )
+                raise
+            write_atomically(path, lambda temporary: shutil.copyfile(built, temporary))
         print(f"fastvitc: built in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        return True
 
 
-def _compile(folder: Path, flags: list[str]) -> None:
-    """Build and load."""
+def _compile(folder: Path, flags: list[str]) -> Path:
+    """The library, built in a folder and loaded."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it would tell that there is no CUDA toolkit
@@ -139,5 +145,6 @@ def _compile(folder: Path, flags: list[str]) -> None:
                 files.append(str(named))
             shutil.copyfile(source, named)
         load(_NAMESPACE, files, extra_cflags=flags, build_directory=str(folder), is_python_module=False)
+        return folder / f"{_NAMESPACE}.so"
     finally:
         logger.setLevel(level)

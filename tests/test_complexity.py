@@ -35,7 +35,7 @@ def test_counts_equal_the_oracle_to_the_printed_digits(name):
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_params_equal_the_built_models(name, pool):
     with torch.device("meta"):
-        model = create_model(name, pool=pool, num_classes=10)
+        model = create_model(name, pool=pool, num_classes=10, backend="torch")  # whose ops it knows
     assert complexity(model).params == sum(p.numel() for p in model.parameters())
 
 
@@ -53,8 +53,11 @@ def bias_additions(model, image_size):
             module.register_forward_hook(count)
     with torch.device("meta"):
         model(torch.zeros(1, model.config.in_chans, *image_size))
-    tokens = model.config.grid[0] * model.config.grid[1]
-    return total + tokens * model.config.width  # the stem's closing convolution
+    config = model.config
+    hidden = config.depth * config.tokens * config.mlp_width  # whose bias is added by bias_gelu
+    return (
+        total + hidden + config.grid[0] * config.grid[1] * config.width
+    )  # and by the stem's closing convolution
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -63,7 +66,7 @@ def test_flops_agree_with_the_counter_of_pytorch(name, scale):
     stride = 8 if "nano" in name else 16
     image_size = (4 * stride * scale[0], 4 * stride * scale[1])
     with torch.device("meta"):
-        model = create_model(name, image_size=image_size).eval()
+        model = create_model(name, image_size=image_size, backend="torch").eval()  # whose ops it knows
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, *image_size))
     expected = counter.get_total_flops() // 2 + bias_additions(model, image_size)

@@ -50,6 +50,26 @@ def test_the_model_itself_is_left_as_it_is(model):
     assert all(m.backend == "auto" for m in model.modules() if hasattr(m, "backend"))
 
 
+def test_the_compiled_code_takes_the_image_and_no_weight(model, monkeypatch):
+    from torch._inductor import freezing
+
+    freeze, kept = freezing.freeze, []
+
+    def spy(*args, **kwargs):
+        result = freeze(*args, **kwargs)
+        kept.append(len(result[1]))
+        return result
+
+    monkeypatch.setattr(freezing, "freeze", spy)
+    optimize_for_inference(model)(images(2))
+    assert kept == [1]
+
+
+def test_an_image_of_another_size_is_told_as_by_the_model(model):
+    with pytest.raises(ValueError, match=r"this model takes images \(B, 3, 32, 32\), got \(2, 3, 16, 16\)"):
+        optimize_for_inference(model)(torch.zeros(2, 3, 16, 16))
+
+
 def test_it_cannot_be_trained_and_says_so(model):
     with pytest.raises(UsageError, match="cannot be trained"):
         optimize_for_inference(model).train()

@@ -46,7 +46,7 @@ def add_layer_norm(
     element forward and 16 backward. The gradient cannot be differentiated again but by the backend torch.
 
     Raises:
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or of a dtype that an explicit backend does not compute in.
         ValueError: tensors on different devices, or shapes that do not fit.
         BackendUnavailable: an explicit backend that cannot run here.
     """

@@ -9,7 +9,6 @@ def add_layer_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     total = x if branch is None else x + branch
-    with torch.autocast(x.device.type, enabled=False):
-        wide = torch.promote_types(total.dtype, weight.dtype)
-        y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
     return total, y.to(dtype)

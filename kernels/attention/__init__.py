@@ -67,16 +67,16 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     compute one (image, head) at a time in a core's cache; `bench/LOG.md` has their speed.
 
     Raises:
-        TypeError: `qkv` is not floating point.
+        TypeError: `qkv` is not floating point, or of a dtype that an explicit backend does not compute in.
         ValueError: `qkv` is not three-dimensional, or its last dimension is not a multiple of 3·num_heads.
-        BackendUnavailable: an explicit backend that cannot run here or does not take this dtype or head size.
+        BackendUnavailable: an explicit backend that cannot run here or does not take this head size.
     """
     check_floating("attention", qkv=qkv)
     if qkv.dim() != 3:
         raise ValueError(
             f"attention: qkv must be (B, T, 3·N·D), got {qkv.dim()} dimensions {tuple(qkv.shape)}"
         )
-    if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+    if num_heads < 1 or not qkv.shape[-1] or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"attention: the last dimension of qkv must be a multiple of 3·num_heads, got {qkv.shape[-1]} "
             f"for num_heads={num_heads}"

@@ -140,9 +140,13 @@ class Backward {
     std::fill_n(lse_ + s_.tokens, s_.t - s_.tokens, std::numeric_limits<float>::infinity());
     for (int64_t first = 0; first < s_.tokens; first += kRows) {
       const int64_t rows = std::min(kRows, s_.tokens - first), depth = round_up(rows, 2);
-      multiply<M>(depth, s_.tokens, s_.d, k_ + first * s_.d, s_.d, qt_, s_.t, scores_, s_.t, false);
-      multiply<M>(depth, s_.tokens, s_.d, v_ + first * s_.d, s_.d, dot_, s_.t, dp_, s_.t, false);
-      for (int64_t row = 0; row < depth; ++row) probabilities(row, scale);
+      multiply<M>(rows, s_.tokens, s_.d, k_ + first * s_.d, s_.d, qt_, s_.t, scores_, s_.t, false);
+      multiply<M>(rows, s_.tokens, s_.d, v_ + first * s_.d, s_.d, dot_, s_.t, dp_, s_.t, false);
+      for (int64_t row = 0; row < rows; ++row) probabilities(row, scale);
+      if (rows < depth) {  // a pair of rows is packed together
+        std::fill_n(p_ + rows * s_.t, s_.t, M(0));
+        std::fill_n(ds_ + rows * s_.t, s_.t, M(0));
+      }
       pack<M>(ds_, depth, s_.t, ds_packed_);
       multiply<M>(s_.d, s_.tokens, depth, kt_ + first, s_.t, ds_packed_, s_.t, dqt_, s_.t, first > 0);
       T* dk = dqkv + first * 3 * width + width;

@@ -35,7 +35,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: Choice = "auto") -> Tensor:
     in 16 bits. The gradient cannot be differentiated again but by the backend torch.
 
     Raises:
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or of a dtype that an explicit backend does not compute in.
         ValueError: tensors on different devices, or a bias of another length than C.
         BackendUnavailable: an explicit backend that cannot run here.
     """

@@ -27,35 +27,13 @@ inline Normal normal(const Vec& x) {
   return {Vec::blendv(tail, Vec(1.0f) - tail, x > Vec(0.0f)), Vec(kInverseSqrtTwoPi) * gauss};
 }
 
-// 1/2 + x P(x^2) for |x| up to 4.5 and what it is there beyond; P in powers of x^2 scaled to [-1, 1], highest first.
-inline Vec sigmoidal(const Vec& x, const float (&powers)[10]) {
-  constexpr float kEnd = 4.5f;
-  const Vec inside = at::vec::clamp(x, Vec(-kEnd), Vec(kEnd));
-  const Vec s = at::vec::fmadd(inside * inside, Vec(2 / (kEnd * kEnd)), Vec(-1.0f));
-  Vec sum(powers[0]);
-  for (int power = 1; power < 10; ++power) sum = at::vec::fmadd(sum, s, Vec(powers[power]));
-  return at::vec::fmadd(inside, sum, Vec(0.5f));
-}
-
-// bfloat16 results are worth less than the exponential costs: least-maximum fits of the cdf (within 1.1e-5) and of the
-// slope cdf + x * density (within 7e-5), each 0 and 1 at the ends.
-template <typename T>
 inline Vec gelu(const Vec& x) {
-  if constexpr (!std::is_same_v<T, BFloat16>) return x * normal(x).cdf;
-  constexpr float kCdf[] = {-1.93049258e-03f, 4.96268971e-03f,  -6.07027439e-03f, 9.65324603e-03f,  -1.84839200e-02f,
-                            2.88576391e-02f,  -4.02369872e-02f, 5.46374917e-02f,  -7.71858841e-02f, 1.56907603e-01f};
-  return x * sigmoidal(x, kCdf);
+  return x * normal(x).cdf;
 }
 
-template <typename T>
 inline Vec gelu_slope(const Vec& x) {
-  if constexpr (!std::is_same_v<T, BFloat16>) {
-    const auto [cdf, density] = normal(x);
-    return at::vec::fmadd(x, density, cdf);
-  }
-  constexpr float kSlope[] = {-2.47227810e-02f, 5.59668243e-02f, -4.54848260e-02f, 4.77330945e-02f, -8.77572596e-02f,
-                              1.05038740e-01f,  -9.53678861e-02f, 8.61859694e-02f, -8.99229869e-02f, 1.59442216e-01f};
-  return sigmoidal(x, kSlope);
+  const auto [cdf, density] = normal(x);
+  return at::vec::fmadd(x, density, cdf);
 }
 
 void bias_gelu_forward(const at::Tensor& x, const at::Tensor& bias, at::Tensor y) {
@@ -70,7 +48,7 @@ void bias_gelu_forward(const at::Tensor& x, const at::Tensor& bias, at::Tensor y
         for_each_strip(columns, [&](int64_t i, int64_t count) {
           const auto [x0, x1] = load_pair(in + at + i, count);
           const auto [b0, b1] = load_pair(shift + i, count);
-          store_pair(out + at + i, gelu<T>(x0 + b0), gelu<T>(x1 + b1), count);
+          store_pair(out + at + i, gelu(x0 + b0), gelu(x1 + b1), count);
         });
       }
     });
@@ -91,7 +69,7 @@ void bias_gelu_backward(
         const auto [x0, x1] = load_pair(in + at + i, count);
         const auto [b0, b1] = load_pair(shift + i, count);
         const auto [g0, g1] = load_pair(gradient + at + i, count);
-        const Vec d0 = g0 * gelu_slope<T>(x0 + b0), d1 = g1 * gelu_slope<T>(x1 + b1);
+        const Vec d0 = g0 * gelu_slope(x0 + b0), d1 = g1 * gelu_slope(x1 + b1);
         store_pair(out + at + i, d0, d1, count);
         add_to(sums + i, d0, d1);
       });

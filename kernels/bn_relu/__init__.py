@@ -61,7 +61,7 @@ def bn_relu(
     counted; its speed is not measured on a GPU).
 
     Raises:
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or of a dtype that an explicit backend does not compute in.
         ValueError: tensors on different devices, x is not four-dimensional, a per-channel vector has another length
             than C, or training is asked of a single value per channel (its variance is not defined).
         BackendUnavailable: an explicit backend that cannot run here.

@@ -146,7 +146,7 @@ def conv_stem(
         processes = group_size(stem.group)
         with torch.no_grad():
             for mean, var, of_layer, (height, width) in zip(*running, vectors, grids[:-1], strict=True):
-                update_running(mean, var, of_layer, processes * len(image) * height * width, momentum)
+                update_running(mean, var, of_layer, processes * image.shape[0] * height * width, momentum)
     return tokens
 
 
@@ -207,7 +207,7 @@ def _check(
         raise ValueError(f"conv_stem: an image of {image.shape[2]}x{image.shape[3]} leaves no tokens")
     if class_token is not None and class_token.shape != (1, 1, d):
         raise ValueError(f"conv_stem: class_token must be (1, 1, {d}), got {tuple(class_token.shape)}")
-    values = [len(image) * h * w for h, w in grids[:-1]]
+    values = [image.shape[0] * h * w for h, w in grids[:-1]]
     if training and values and min(values) < 2:
         raise ValueError(
             f"conv_stem: training needs more than one value per channel, got image {tuple(image.shape)}"

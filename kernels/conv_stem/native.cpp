@@ -31,6 +31,7 @@ void look_up(const at::Tensor& image, const at::Tensor& table, at::Tensor& out) 
 
 // table: (..., C, ..., 256) dense, out: channels-last, of one dtype
 void look_up_any(const at::Tensor& image, const at::Tensor& table, at::Tensor out) {
+  TORCH_CHECK_TYPE(out.element_size() == 4 || out.element_size() == 2, "fastvitc: no pixels of ", out.scalar_type());
   out.element_size() == 4 ? look_up<uint32_t>(image, table, out) : look_up<uint16_t>(image, table, out);
 }
 

@@ -171,6 +171,20 @@ def test_large_scores_do_not_overflow(backend):
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [*OWN, "torch"])
+@pytest.mark.parametrize("tokens", [5, 6, 33])
+@pytest.mark.parametrize("shift", [95.0, 120.0, 200.0])
+def test_scores_that_are_all_far_below_zero_have_finite_gradients(backend, tokens, shift):
+    qkv = 0.1 * torch.randn(1, tokens, 96)
+    qkv[..., 0] += shift
+    qkv[..., 32] -= 32**0.5
+    runs = [partial(attention, num_heads=1, backend=b) for b in (backend, "reference")]
+    grad = torch.randn(1, tokens, 32)
+    found, expected = (outputs_and_gradients(run, [qkv], [grad]) for run in runs)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("qkv", "heads", "error", "words"),
     [
@@ -178,6 +192,7 @@ def test_large_scores_do_not_overflow(backend):
         (torch.zeros(3, 48), 2, ValueError, "2 dimensions"),
         (torch.zeros(2, 3, 50), 2, ValueError, "multiple of 3·num_heads"),
         (torch.zeros(2, 3, 48), 0, ValueError, "num_heads=0"),
+        (torch.zeros(2, 3, 0), 1, ValueError, "got 0"),
     ],
 )
 def test_bad_input_raises_one_clear_error(qkv, heads, error, words):
