@@ -1,6 +1,14 @@
 """Fused operators for vision transformers with an early-convolution stem, each with a plain PyTorch reference."""
 
-from fastvitc.kernels._backend import BackendUnavailable, Choice, availability, candidates, chosen, requested
+from fastvitc.kernels._backend import (
+    BackendUnavailable,
+    Choice,
+    availability,
+    candidates,
+    chosen,
+    requested,
+    resolve,
+)
 from fastvitc.kernels._choices import Measured, cpu_name, measured, record
 from fastvitc.kernels.add_layer_norm import add_layer_norm
 from fastvitc.kernels.attention import attention
@@ -24,4 +32,5 @@ __all__ = [
     "measured",
     "record",
     "requested",
+    "resolve",
 ]

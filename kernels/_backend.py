@@ -16,7 +16,8 @@ from fastvitc.errors import UsageError
 from fastvitc.kernels._checks import takes
 from fastvitc.kernels._choices import measured
 
-#: A backend for every op that has it, or {op: backend} with "auto" for the ops left out, also as text: "op=backend,op=backend".
+#: A backend for every op that has it, or {op: backend} with "auto" for the ops left out, also as text:
+#: "op=backend,op=backend".
 Choice = str | Mapping[str, str]
 
 
