@@ -30,17 +30,22 @@ def test_matches_the_equation_in_float64(backend):
 @pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @settings(max_examples=12, deadline=None)
-@given(
-    rows=st.integers(1, 300),
-    width=st.sampled_from([1, 5, 33, 64, 100, 576]),
-    scale=st.floats(0.1, 8.0),
-    shift=st.sampled_from([0.0, -4.0, -50.0]),
-)
-def test_any_shape_errs_at_most_twice_as_much_as_the_library(backend, dtype, rows, width, scale, shift):
-    inputs = [(scale * torch.randn(rows, width) + shift).to(dtype), torch.randn(width)]
+@given(rows=st.integers(1, 300), width=st.sampled_from([1, 5, 33, 64, 100, 576]), scale=st.floats(0.1, 8.0))
+def test_any_shape_errs_at_most_twice_as_much_as_the_library(backend, dtype, rows, width, scale):
+    inputs = [(scale * torch.randn(rows, width)).to(dtype), torch.randn(width)]
     runs = [partial(bias_gelu, backend=b) for b in (backend, "torch")]
     grads = [torch.randn(rows, width).to(dtype)]
     assert_no_worse_than_library(*runs, inputs, grads, roundings=2, terms=64 + rows)
+
+
+@pytest.mark.parametrize("backend", OWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "shift"), [(0.3, -3.0), (0.5, -4.0), (8.0, -40.0), (0.5, 4.0)])
+def test_the_tails_err_at_most_twice_as_much_as_the_library(backend, dtype, scale, shift):
+    inputs = [(scale * torch.randn(300, 100) + shift).to(dtype), 0.1 * torch.randn(100)]
+    runs = [partial(bias_gelu, backend=b) for b in (backend, "torch")]
+    grads = [torch.randn(300, 100).to(dtype)]
+    assert_no_worse_than_library(*runs, inputs, grads, roundings=2, terms=400)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
