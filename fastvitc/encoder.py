@@ -54,9 +54,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        if (
-            resolve("bias_gelu", self.backend, x.device.type, x.dtype) == "torch"
-        ):  # whose product adds the bias
+        # PyTorch's own product adds the bias in passing.
+        if resolve("bias_gelu", self.backend, x.device.type, x.dtype) == "torch":
             return self.fc2(F.gelu(self.fc1(x)))
         hidden = F.linear(x, self.fc1.weight)
         return self.fc2(bias_gelu(hidden, self.fc1.bias, backend=self.backend))

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 from fastvitc.encoder import Block, Mlp
@@ -23,6 +22,8 @@ class FrozenModel(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Normalised or uint8 image (B, C, H, W) → logits (B, num_classes) float32, as `VisionTransformer`."""
+        import torch._inductor.config  # late: with `import fastvitc` it would slow every program's start
+
         self._model.check_image(image)
         if image.is_floating_point():
             image = image.to(self.dtype)
@@ -53,9 +54,8 @@ def optimize_for_inference(model: VisionTransformer, *, dtype: torch.dtype = tor
     if not dtype.is_floating_point:
         raise UsageError(f"dtype must be a floating-point dtype, got {dtype}")
     frozen = copy.deepcopy(model).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
-    for (
-        module
-    ) in frozen.modules():  # the compiler makes these part of their neighbours, an op of ours it cannot
+    # The compiler makes these part of their neighbours, which it cannot with an op of ours.
+    for module in frozen.modules():
         if isinstance(module, (Block, Mlp)) and module.backend == "auto":
             module.backend = "torch"
     return FrozenModel(frozen, dtype)
