@@ -114,6 +114,31 @@ inline void convert(const From* from, To* to, int64_t count) {
   }
 }
 
+// 2^x within 2e-7 of it: a polynomial of the fraction, by the integer part. Zero and infinity at the ends, NaN of NaN.
+inline Vec exp2(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  constexpr int kFloor = 1;
+  const Vec fraction = _mm512_reduce_ps(x, kFloor);
+  Vec power(0.001877576671f);
+  for (const float c : {0.008989340339f, 0.05582631759f, 0.2401536173f, 0.6931530731f, 0.9999999251f}) {
+    power = at::vec::fmadd(power, fraction, Vec(c));
+  }
+  return _mm512_scalef_ps(power, x);
+#else
+  return x.exp2();
+#endif
+}
+
+// 1/x for a finite x that is not zero.
+inline Vec reciprocal(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec near = _mm512_rcp14_ps(x);
+  return near * at::vec::fnmadd(x, near, Vec(2.0f));
+#else
+  return Vec(1.0f) / x;
+#endif
+}
+
 inline float sum(const Vec& v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }

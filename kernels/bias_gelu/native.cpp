@@ -15,10 +15,9 @@ struct Normal {
 // Abramowitz & Stegun 1964, 7.1.26: erfc(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1/(1 + p z), within 1.5e-7; here with
 // z = |x|/sqrt(2) for the smaller tail, so that a tail keeps its leading digits.
 inline Normal normal(const Vec& x) {
-  constexpr float kInverseSqrtTwoPi = 0.3989422804f;
-  const Vec magnitude = x.abs();
-  const Vec gauss = (x * x * Vec(-0.5f)).exp_u20();
-  const Vec t = Vec(1.0f) / at::vec::fmadd(Vec(0.3275911f * 0.7071067812f), magnitude, Vec(1.0f));
+  constexpr float kInverseSqrtTwoPi = 0.3989422804f, kLog2E = 1.442695041f;
+  const Vec gauss = exp2(x * x * Vec(-0.5f * kLog2E));
+  const Vec t = reciprocal(at::vec::fmadd(Vec(0.3275911f * 0.7071067812f), clamp_max(x.abs(), Vec(1e4f)), Vec(1.0f)));
   Vec sum(1.061405429f);
   for (const float a : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) {
     sum = at::vec::fmadd(sum, t, Vec(a));
