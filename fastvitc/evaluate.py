@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -17,6 +17,7 @@ from fastvitc.distributed import Process, pick_device
 from fastvitc.engine import PRECISIONS, Accuracy, Evaluator
 from fastvitc.errors import UsageError
 from fastvitc.kernels import chosen
+from fastvitc.machine import fast_precision
 from fastvitc.model import VisionTransformer, create_model
 
 PROGRAM = "fastvitc-evaluate"
@@ -50,8 +51,8 @@ class EvaluateSettings:
     """Implementation of the ops, see fastvitc-info: one name, or op=name,op=name."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast."""
+    precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
+    """bf16: autocast. By default where the device multiplies in it."""
     compile: bool = False
     """torch.compile; pays for itself on large sets."""
 

@@ -5,10 +5,11 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
 
 import torch
 
-from fastvitc.kernels import cpu_name
+from fastvitc.kernels import cpu_flags, cpu_name
 
 #: Dense bfloat16 and float16 peaks in floating-point operations (a multiply-add is two) per second, vendor data sheets,
 #: by the device's own name.
@@ -28,6 +29,11 @@ _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 def processor() -> str:
     """The CPU's name with its core count, and the matrix and vector units PyTorch sees."""
     return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def fast_precision() -> Literal["bf16", "fp32"]:
+    """bf16 where there is a GPU, or a CPU that multiplies in it; others are slower in it than in float32."""
+    return "bf16" if torch.cuda.is_available() or {"avx512_bf16", "amx_bf16"} & cpu_flags() else "fp32"
 
 
 def describe(device: torch.device) -> str:

@@ -9,6 +9,7 @@ import tyro
 
 from fastvitc.config import preset
 from fastvitc.errors import UsageError
+from fastvitc.machine import fast_precision
 
 Recipe = Literal[
     "digits", "small", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
@@ -93,8 +94,8 @@ class TrainSettings:
     """cuda, cpu, or auto."""
     threads: int | None = None
     """CPU threads of the model; by default PyTorch's."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast; weights and statistics stay float32."""
+    precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
+    """bf16: autocast; weights and statistics stay float32. By default where the device multiplies in it."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """torch.compile of the training step and the evaluation; by default where there is a GPU: on a CPU the native
     kernels are faster without it."""
@@ -205,14 +206,13 @@ _MAY_CHANGE = {
 }
 
 #: Handwritten digits must not be mirrored, and hardly cropped. So small a model gains little from a second thread, and
-#: loses much where another program wants its core; casting its weights to bfloat16 costs more than it saves.
+#: loses much where another program wants its core.
 _DIGITS: dict[str, Any] = {
     "crop_scale": (0.85, 1.0),
     "crop_aspect": (0.95, 1.05),
     "hflip": 0.0,
     "crop_ratio": 1.0,
     "threads": 1,
-    "precision": "fp32",
 }
 
 #: Folders of some thousands of photographs or drawings, from scratch; not from the paper.

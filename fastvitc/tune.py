@@ -14,7 +14,7 @@ from fastvitc.distributed import process_group
 from fastvitc.engine import PRECISIONS
 from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.kernels import Choice, Measured, candidates, measured, record, requested
-from fastvitc.machine import describe
+from fastvitc.machine import describe, fast_precision
 from fastvitc.measure import CALLS, Result, Setting, compare
 
 PROGRAM = "fastvitc-tune"
@@ -32,8 +32,8 @@ class TuneSettings:
     """The preset whose shapes are measured, see fastvitc-info."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
     """Images per batch."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast. The choice holds for ops in this dtype."""
+    precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
+    """bf16: autocast. By default where the device multiplies in it. The choice holds for ops in this dtype."""
     image_size: tuple[int, ...] | None = None
     """Side in pixels, or height and width; by default the model's."""
     device: str = "auto"

@@ -10,6 +10,7 @@ from fastvitc.kernels._backend import (
     resolve,
 )
 from fastvitc.kernels._choices import Measured, cpu_name, measured, record
+from fastvitc.kernels._native import cpu_flags
 from fastvitc.kernels.add_layer_norm import add_layer_norm
 from fastvitc.kernels.attention import attention
 from fastvitc.kernels.bias_gelu import bias_gelu
@@ -28,6 +29,7 @@ __all__ = [
     "candidates",
     "chosen",
     "conv_stem",
+    "cpu_flags",
     "cpu_name",
     "measured",
     "record",

@@ -76,14 +76,15 @@ def _flags() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     chosen = _FLAGS.get(capability, [])
     name = capability if capability in _FLAGS else "DEFAULT"
-    if name == "AVX512" and "avx512_bf16" in _cpu_flags():
+    if name == "AVX512" and "avx512_bf16" in cpu_flags():
         chosen = [*chosen, "-mavx512bf16"]
     macros = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}"]
     added = shlex.split(os.environ.get("FASTVITC_CXXFLAGS", ""))
     return ["-O3", "-fopenmp", "-fno-math-errno", *macros, *chosen, *added]
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """The CPU's features as Linux names them; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())

@@ -2,12 +2,16 @@ from dataclasses import asdict, replace
 from math import inf, nan
 
 import pytest
+import torch
 import yaml
 
+from fastvitc import machine
 from fastvitc.checkpoint import save_state
 from fastvitc.errors import UsageError
+from fastvitc.evaluate import EvaluateSettings
 from fastvitc.settings import TrainSettings, recipe_settings
 from fastvitc.train import read_settings
+from fastvitc.tune import TuneSettings
 
 PAPER_50_EPOCHS = {  # AdamW, SGD: learning rate, weight decay
     "vitp_1gf": (2e-3, 0.20, 1.9, 1.3e-5),
@@ -45,6 +49,18 @@ def test_long_recipes_carry_the_papers_numbers(epochs, model, lr, weight_decay):
         0.5,
     )
     assert (s.crop_ratio, s.model_ema, s.model_ema_every, s.precise_bn) == (0.875, True, 32, 8192)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"), [({"avx2"}, "fp32"), ({"avx2", "avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16")]
+)
+def test_the_default_precision_is_one_that_the_cpu_multiplies_in(flags, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    assert {read_settings([]).precision, EvaluateSettings("").precision, TuneSettings().precision} == {
+        precision
+    }
+    assert read_settings(["--precision", "fp32"]).precision == "fp32"
 
 
 @pytest.mark.parametrize("model", PAPER_50_EPOCHS)
