@@ -122,7 +122,7 @@ def test_other_devices_have_no_native_kernels():
 
 CHECK = """
 import torch
-from fastvitc.kernels import _native, add_layer_norm, attention, bias_gelu
+from fastvitc.kernels import _native, add_layer_norm, attention, bias_gelu, bn_relu
 assert _native.no_native("cpu") is None
 assert _native._flags()[3] == "-DCPU_CAPABILITY={name}", _native._flags()
 torch.manual_seed(0)
@@ -140,6 +140,11 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     x, bias = torch.randn(50, 100).to(dtype), torch.randn(100)
     both(bias_gelu, x, bias)
     both(add_layer_norm, x, x.flip(0), bias, bias)
+    def norm(x, weight, bias, backend):
+        mean, var = torch.zeros_like(bias), torch.ones_like(bias)
+        return bn_relu(x, mean.detach(), var.detach(), weight, bias, True, backend=backend)
+    if dtype == torch.float32:  # dx is a small difference of large values
+        both(norm, torch.randn(2, 9, 7, 5), torch.rand(9), torch.randn(9))
 """
 
 
