@@ -96,9 +96,8 @@ class TrainSettings:
     """CPU threads of the model; by default PyTorch's."""
     precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
     """bf16: autocast; weights and statistics stay float32. By default where the device multiplies in it."""
-    compile: bool = field(default_factory=torch.cuda.is_available)
-    """torch.compile of the training step and the evaluation; by default where there is a GPU: on a CPU the native
-    kernels are faster without it."""
+    compile: bool = True
+    """torch.compile of the training step and the evaluation."""
     seed: int = 0
     """Fixes weights, order and augmentation."""
 
@@ -205,8 +204,8 @@ _MAY_CHANGE = {
     "resume",
 }
 
-#: Handwritten digits must not be mirrored, and cropped less than photographs. So small a model gains little from a second thread, and
-#: loses much where another program wants its core.
+#: Handwritten digits must not be mirrored, and cropped less than photographs. So small a model gains little from a
+#: second thread, and loses much where another program wants its core.
 _DIGITS: dict[str, Any] = {
     "crop_scale": (0.7, 1.0),
     "crop_aspect": (0.85, 1.18),
@@ -260,7 +259,8 @@ def recipe_settings(recipe: Recipe, model: str | None = None, shares: int = 1) -
     """
     base = TrainSettings(recipe=recipe)
     if recipe == "digits":
-        return replace(base, model=model or "vitc_nano", **_DIGITS)
+        # On a CPU compiling takes longer than it saves in so short a run.
+        return replace(base, model=model or "vitc_nano", compile=torch.cuda.is_available(), **_DIGITS)
     model = model or "vitc_4gf"
     if recipe == "small":
         return replace(base, model=model, **_SMALL)

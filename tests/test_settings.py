@@ -63,6 +63,17 @@ def test_the_default_precision_is_one_that_the_cpu_multiplies_in(flags, precisio
     assert read_settings(["--precision", "fp32"]).precision == "fp32"
 
 
+def test_all_but_the_short_run_on_a_cpu_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [recipe_settings(recipe).compile for recipe in ("digits", "small", "paper-100ep")] == [
+        False,
+        True,
+        True,
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert recipe_settings("digits").compile
+
+
 @pytest.mark.parametrize("model", PAPER_50_EPOCHS)
 def test_50_epoch_recipes_carry_the_appendixs_numbers(model):
     adamw = read_settings(["--recipe", "paper-50ep", "--model", model])
