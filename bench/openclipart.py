@@ -1,7 +1,7 @@
 """Prepares Debian's clip art (public domain) as an ImageNet-layout folder of small JPEGs: real colour images.
 
     apt-get install openclipart-png
-    python bench/openclipart.py --out /tmp/openclipart
+    python -m bench.openclipart --out clipart
 
 Twelve classes of equally many images. An image's split follows from its pixels alone, and none is taken twice: what is
 in the training split is not in the validation split, under whatever name or class.

@@ -52,7 +52,7 @@ class EvaluateSettings:
     device: str = "auto"
     """cuda, cpu, or auto."""
     precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
-    """bf16: autocast. By default where the device multiplies in it."""
+    """bf16: autocast. By default where there is a GPU, or a CPU that multiplies in it."""
     compile: bool = False
     """torch.compile; pays for itself on large sets."""
 

@@ -46,7 +46,8 @@ def optimize_for_inference(model: VisionTransformer, *, dtype: torch.dtype = tor
 
     Args:
         model: a trained model; it is left as it is.
-        dtype: of weights and arithmetic; float32 for the exact results.
+        dtype: of weights and arithmetic; float32 for the exact results, and on a CPU that cannot multiply in bfloat16,
+            as it is slower in it.
 
     Raises:
         UsageError: a dtype that is not floating point.

@@ -1,10 +1,14 @@
 """What this machine is, and how fast it multiplies and copies: the yardsticks of throughput figures."""
 
+import os
 import platform
+import shutil
 import statistics
+import sysconfig
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,7 +37,15 @@ def processor() -> str:
 
 def fast_precision() -> Literal["bf16", "fp32"]:
     """bf16 where there is a GPU, or a CPU that multiplies in it; others are slower in it than in float32."""
-    return "bf16" if torch.cuda.is_available() or {"avx512_bf16", "amx_bf16"} & cpu_flags() else "fp32"
+    return (
+        "bf16" if torch.cuda.is_available() or {"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags() else "fp32"
+    )
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds what it needs: there is a GPU, or for a CPU a C++ compiler and Python's headers."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return torch.cuda.is_available() or bool(shutil.which(os.environ.get("CXX", "g++")) and headers.exists())
 
 
 def describe(device: torch.device) -> str:

@@ -9,7 +9,7 @@ import tyro
 
 from fastvitc.config import preset
 from fastvitc.errors import UsageError
-from fastvitc.machine import fast_precision
+from fastvitc.machine import can_compile, fast_precision
 
 Recipe = Literal[
     "digits", "small", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
@@ -18,7 +18,7 @@ Recipe = Literal[
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Train a vision transformer. Without arguments: vitc_nano on handwritten digits, a few minutes on a CPU."""
+    """Train a vision transformer. Without arguments: vitc_nano on handwritten digits, about a minute on a CPU."""
 
     # Data
     data_dir: str | None = None
@@ -95,9 +95,11 @@ class TrainSettings:
     threads: int | None = None
     """CPU threads of the model; by default PyTorch's."""
     precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
-    """bf16: autocast; weights and statistics stay float32. By default where the device multiplies in it."""
-    compile: bool = True
-    """torch.compile of the training step and the evaluation."""
+    """bf16: autocast; weights and statistics stay float32. By default where there is a GPU, or a CPU that
+    multiplies in it."""
+    compile: bool = field(default_factory=can_compile)
+    """torch.compile of the training step and the evaluation; by default where there is a GPU, or a C++ compiler and
+    Python's headers."""
     seed: int = 0
     """Fixes weights, order and augmentation."""
 

@@ -14,7 +14,7 @@ from fastvitc.distributed import process_group
 from fastvitc.engine import PRECISIONS
 from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.kernels import Choice, Measured, candidates, measured, record, requested
-from fastvitc.machine import describe, fast_precision
+from fastvitc.machine import can_compile, describe, fast_precision
 from fastvitc.measure import CALLS, Result, Setting, compare
 
 PROGRAM = "fastvitc-tune"
@@ -33,13 +33,15 @@ class TuneSettings:
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
     """Images per batch."""
     precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
-    """bf16: autocast. By default where the device multiplies in it. The choice holds for ops in this dtype."""
+    """bf16: autocast. By default where there is a GPU, or a CPU that multiplies in it. The choice holds for ops in this
+    dtype."""
     image_size: tuple[int, ...] | None = None
     """Side in pixels, or height and width; by default the model's."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    compile: bool = field(default_factory=torch.cuda.is_available)
-    """torch.compile of each op, as training does it: by default where there is a GPU."""
+    compile: bool = field(default_factory=can_compile)
+    """torch.compile of each op, as training does it: by default where there is a GPU, or a C++ compiler and Python's
+    headers."""
     rounds: int = _ROUNDS
     """Passes over the backends; the median counts."""
 

@@ -84,10 +84,10 @@ def _flags() -> list[str]:
 
 
 def cpu_flags() -> set[str]:
-    """The CPU's features as Linux names them; empty elsewhere."""
+    """The CPU's features as Linux names them for its architecture; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
 def _key(compiler: str, flags: list[str]) -> str:

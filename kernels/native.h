@@ -114,7 +114,8 @@ inline void convert(const From* from, To* to, int64_t count) {
   }
 }
 
-// 2^x within 2e-7 of it: a polynomial of the fraction, by the integer part. Zero and infinity at the ends, NaN of NaN.
+// 2^x, relative error below 2e-7 (2^0 too is not exactly 1): a polynomial of the fraction, by the integer part. Zero and
+// infinity at the ends, NaN of NaN.
 inline Vec exp2(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   constexpr int kFloor = 1;
@@ -129,7 +130,7 @@ inline Vec exp2(const Vec& x) {
 #endif
 }
 
-// 1/x for a finite x that is not zero.
+// 1/x where x and 1/x are normal numbers.
 inline Vec reciprocal(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const Vec near = _mm512_rcp14_ps(x);

@@ -63,6 +63,18 @@ def test_the_default_precision_is_one_that_the_cpu_multiplies_in(flags, precisio
     assert read_settings(["--precision", "fp32"]).precision == "fp32"
 
 
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_without_a_compiler_or_headers_nothing_is_compiled_on_a_cpu(missing, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if missing == "compiler":
+        monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    else:
+        monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert not recipe_settings("small").compile
+    assert not TuneSettings().compile
+    assert read_settings(["--recipe", "small", "--compile"]).compile
+
+
 def test_all_but_the_short_run_on_a_cpu_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [recipe_settings(recipe).compile for recipe in ("digits", "small", "paper-100ep")] == [

@@ -197,7 +197,8 @@ def test_measuring_moves_no_random_stream(two):
 
 def test_the_program_prints_a_table_and_changes_what_auto_takes(two, monkeypatch, capsys):
     args = ["--model", "vitc_nano", "--image-size", "16", "24", "-b", "2", "--rounds", "1", "--no-compile"]
-    monkeypatch.setattr(sys, "argv", ["fastvitc-tune", *args, "--device", "cpu"])
+    args += ["--device", "cpu", "--precision", "bf16"]
+    monkeypatch.setattr(sys, "argv", ["fastvitc-tune", *args])
     results_of(monkeypatch, {"torch": 2.0, "flash": 1.0})
     tune.cli()
     said = capsys.readouterr().out

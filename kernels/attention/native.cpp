@@ -40,11 +40,12 @@ inline Vec exponential(const Vec& x) {
 // foresee them.
 template <typename T, typename M>
 void gather(const T* from, int64_t stride, bool last, const Shape& s, M* to) {
-  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  constexpr size_t kCacheLine = 64;
   const int64_t ahead = last ? s.tokens * stride - (s.heads - 1) * s.dim : s.dim;
   for (int64_t row = 0; row < s.tokens; ++row) {
     convert(from + row * stride, to + row * s.d, s.dim);
-    for (int64_t i = 0; i < s.dim; i += kCacheLine) __builtin_prefetch(from + row * stride + ahead + i, 0, 2);
+    const auto next = reinterpret_cast<uintptr_t>(from + row * stride) + ahead * sizeof(T);  // may be beyond the tensor
+    for (size_t i = 0; i < s.dim * sizeof(T); i += kCacheLine) __builtin_prefetch(reinterpret_cast<char*>(next + i), 0, 2);
     std::fill_n(to + row * s.d + s.dim, s.d - s.dim, M(0));
   }
   std::fill_n(to + s.tokens * s.d, (s.t - s.tokens) * s.d, M(0));
