@@ -58,10 +58,10 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "fastvitc-train=fastvitc.train:cli",
-            "fastvitc-evaluate=fastvitc.evaluate:cli",
-            "fastvitc-info=fastvitc.info:cli",
-            "fastvitc-tune=fastvitc.tune:cli",
+            "fastvitc-train=fastvitc.programs.train:cli",
+            "fastvitc-evaluate=fastvitc.programs.evaluate:cli",
+            "fastvitc-info=fastvitc.programs.info:cli",
+            "fastvitc-tune=fastvitc.programs.tune:cli",
         ]
     },
     classifiers=[

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastvitc.kernels._triton import launches_to
+from fastvitc.kernels.gpu.triton import launches_to
 
 
 @dataclass(frozen=True)

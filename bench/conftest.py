@@ -10,10 +10,10 @@ import torch
 from bench.contest import CONVENTION, Arena
 from bench.runtimes import PACKAGES
 from bench.scale import FULL, QUICK
-from fastvitc.config import preset
-from fastvitc.distributed import pick_device
 from fastvitc.kernels import chosen
-from fastvitc.machine import copy_peak, describe, matmul_peak, versions
+from fastvitc.models.config import preset
+from fastvitc.training.process import pick_device
+from fastvitc.tuning.machine import copy_peak, describe, matmul_peak, versions
 
 
 def pytest_addoption(parser):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpreterBuilder
 
 from bench.counting import AtenKernels, Count, Kernel, storages, training_counts, unrun_counts
-from fastvitc.kernels._triton import launches_to
+from fastvitc.kernels.gpu.triton import launches_to
 
 Build = Callable[[int], tuple[nn.Module, list[Tensor]]]  # of a batch size
 

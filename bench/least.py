@@ -1,6 +1,6 @@
 """The bytes that a stem moves at least; those of the other ops stand beside them, where they are a product."""
 
-from fastvitc.config import ViTConfig
+from fastvitc.models.config import ViTConfig
 
 
 def stem_bytes(config: ViTConfig) -> tuple[int, int]:

@@ -18,9 +18,9 @@ from bench.contest import Contest
 from bench.models import models
 from bench.report import machine_line
 from bench.test_models import model_contests
-from fastvitc.command import run_command
-from fastvitc.config import preset
-from fastvitc.machine import describe, versions
+from fastvitc.models.config import preset
+from fastvitc.programs.command import run_command
+from fastvitc.tuning.machine import describe, versions
 
 CPU = torch.device("cpu")
 _LATER_STEPS = 3

@@ -9,8 +9,8 @@ from torch import nn
 
 from bench.peers import timm_model, torchvision_model
 from fastvitc import VisionTransformer, convert
-from fastvitc.config import ViTConfig
 from fastvitc.kernels import availability
+from fastvitc.models.config import ViTConfig
 
 
 def trained_like(config: ViTConfig, *, backend: str = "auto") -> VisionTransformer:

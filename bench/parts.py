@@ -15,11 +15,10 @@ from bench.interpreted import Build
 from bench.least import stem_bytes
 from bench.models import one_block
 from bench.peers import timm_model
-from fastvitc.config import ViTConfig
-from fastvitc.encoder import Block
-from fastvitc.engine import Normalize
 from fastvitc.kernels import attention, bn_relu
-from fastvitc.stems import create_stem
+from fastvitc.models.config import ViTConfig
+from fastvitc.models.encoder import Block
+from fastvitc.training.step import Normalize
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def stem_part(config: ViTConfig) -> Part:
         return module, [image.permute(0, 3, 1, 2)]
 
     return Part(
-        lambda batch: build(own, batch, stem=create_stem(config.stem, config.in_chans, backend="triton")),
+        lambda batch: build(own, batch, stem=config.stem.build(config.in_chans, backend="triton")),
         lambda batch: build(
             timm, batch, normalize=Normalize(), convolutions=timm_model(one_block(config)).patch_embed
         ),

@@ -9,8 +9,8 @@ from functools import partial
 
 from torch import nn
 
-from fastvitc.config import StemConfig, ViTConfig
 from fastvitc.errors import UsageError
+from fastvitc.models.config import StemConfig, ViTConfig
 
 
 def timm_model(config: ViTConfig) -> nn.Module:

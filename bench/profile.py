@@ -19,10 +19,10 @@ from bench.contest import CONVENTION
 from bench.models import trained_like
 from bench.report import machine_line
 from bench.test_models import training_step
-from fastvitc.command import run_command
-from fastvitc.complexity import complexity, stem_complexity
-from fastvitc.config import ViTConfig, preset
-from fastvitc.machine import describe, matmul_peak, versions
+from fastvitc.models.complexity import complexity, stem_complexity
+from fastvitc.models.config import ViTConfig, preset
+from fastvitc.programs.command import run_command
+from fastvitc.tuning.machine import describe, matmul_peak, versions
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 _STEPS = 3

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from bench.aot import LIMITS, Kernel, compiled
-from fastvitc.config import ViTConfig, preset
 from fastvitc.kernels.attention import triton as attention
 from fastvitc.kernels.bn_relu import triton as bn_relu
-from fastvitc.kernels.conv_stem import triton as conv_stem
-from fastvitc.kernels.conv_stem.stem import Stem
-from fastvitc.stems import ConvStem
+from fastvitc.kernels.conv_stem.arguments import Stem
+from fastvitc.kernels.conv_stem.triton import stem as conv_stem
+from fastvitc.models.config import ViTConfig, preset
+from fastvitc.models.stems import ConvStem
 
 MODELS = ("vitc_1gf", "vitc_4gf", "vitc_18gf", "vitc_36gf")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -25,8 +25,8 @@ if __name__ == "__main__":
 from bench import parts, traffic
 from bench.counting import Kernel, eager_counts, per_image
 from bench.inductor import inductor_counts
-from fastvitc.complexity import complexity
-from fastvitc.config import preset
+from fastvitc.models.complexity import complexity
+from fastvitc.models.config import preset
 
 
 @dataclass(frozen=True)

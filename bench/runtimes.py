@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.models import MODELS
-from fastvitc.config import ViTConfig
-from fastvitc.engine import Normalize
+from fastvitc.models.config import ViTConfig
+from fastvitc.training.step import Normalize
 
 #: uint8 images (B, C, H, W) in channels_last memory → logits.
 Runner = Callable[[Tensor], Tensor]

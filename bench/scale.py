@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from fastvitc.config import ViTConfig, preset
+from fastvitc.models.config import ViTConfig, preset
 
 
 @dataclass(frozen=True)

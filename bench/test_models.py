@@ -8,9 +8,9 @@ from bench.contest import Candidate, Contest
 from bench.models import image_batch, models, trained_like
 from bench.runtimes import runtimes
 from fastvitc import complexity, optimize_for_inference
-from fastvitc.distributed import Process
-from fastvitc.engine import Objective, TrainStep, input_of
-from fastvitc.optim import create_optimizer
+from fastvitc.training.optim import create_optimizer
+from fastvitc.training.process import Process
+from fastvitc.training.step import Objective, TrainStep, input_of
 
 
 def _labels(config, batch_size, device):

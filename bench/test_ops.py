@@ -9,9 +9,9 @@ from torch import nn
 from bench.contest import Candidate, Contest
 from bench.least import stem_bytes
 from bench.models import MODELS, image_batch, one_block, trained_like
-from fastvitc.complexity import block_complexity, stem_complexity
-from fastvitc.engine import Normalize
 from fastvitc.kernels import add_layer_norm, attention, availability, bias_gelu, bn_relu
+from fastvitc.models.complexity import block_complexity, stem_complexity
+from fastvitc.training.step import Normalize
 
 
 def _candidate(build, inputs, backward, compile):

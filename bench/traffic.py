@@ -28,8 +28,8 @@ from bench import parts
 from bench.counting import Count, Kernel, eager_counts, per_image
 from bench.inductor import inductor_counts
 from bench.interpreted import triton_counts
-from fastvitc.config import ViTConfig, preset
 from fastvitc.kernels import availability
+from fastvitc.models.config import ViTConfig, preset
 
 ARCHITECTURE = "sm_90"
 BATCH = 128

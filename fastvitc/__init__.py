@@ -2,14 +2,14 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastvitc.checkpoint import load_model, save_model
-from fastvitc.complexity import Complexity, complexity
-from fastvitc.config import StemConfig, ViTConfig, list_models
-from fastvitc.encoder import Attention, Block, DropPath, Mlp
 from fastvitc.errors import CheckpointError, DataError, FastvitcError, UsageError
-from fastvitc.inference import FrozenModel, optimize_for_inference
-from fastvitc.model import VisionTransformer, create_model, resize_pos_embed
-from fastvitc.stems import ConvStem, PatchifyStem
+from fastvitc.models.complexity import Complexity, complexity
+from fastvitc.models.config import StemConfig, ViTConfig, list_models
+from fastvitc.models.encoder import Attention, Block, DropPath, Mlp
+from fastvitc.models.inference import FrozenModel, optimize_for_inference
+from fastvitc.models.saved import load_model, save_model
+from fastvitc.models.stems import ConvStem, PatchifyStem
+from fastvitc.models.vit import VisionTransformer, create_model, resize_pos_embed
 
 try:
     __version__ = version("fastvitc")

@@ -1,6 +1,10 @@
 """Fused operators for vision transformers with an early-convolution stem, each with a plain PyTorch reference."""
 
-from fastvitc.kernels._backend import (
+from fastvitc.kernels.add_layer_norm import add_layer_norm
+from fastvitc.kernels.attention import attention
+from fastvitc.kernels.bias_gelu import bias_gelu
+from fastvitc.kernels.bn_relu import bn_relu
+from fastvitc.kernels.choice.backends import (
     BackendUnavailable,
     Choice,
     availability,
@@ -9,13 +13,9 @@ from fastvitc.kernels._backend import (
     requested,
     resolve,
 )
-from fastvitc.kernels._choices import Measured, cpu_name, measured, record
-from fastvitc.kernels._native import cpu_flags
-from fastvitc.kernels.add_layer_norm import add_layer_norm
-from fastvitc.kernels.attention import attention
-from fastvitc.kernels.bias_gelu import bias_gelu
-from fastvitc.kernels.bn_relu import bn_relu
+from fastvitc.kernels.choice.measured import Measured, cpu_name, measured, record
 from fastvitc.kernels.conv_stem import conv_stem
+from fastvitc.kernels.cpu.build import cpu_flags
 
 __all__ = [
     "BackendUnavailable",

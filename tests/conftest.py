@@ -12,7 +12,7 @@ else:
 import pytest
 
 from fastvitc.files import cache_folder
-from fastvitc.kernels._native import no_native
+from fastvitc.kernels.cpu.build import no_native
 
 # One thread per test process: the suite runs in parallel processes instead.
 torch.set_num_threads(1)
@@ -54,13 +54,13 @@ def _native_library():
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch, _native_library):
     """A cache folder with nothing but the CPU kernels: what was measured on this machine changes no test."""
-    from fastvitc.kernels import _choices
+    from fastvitc.kernels.choice import measured
 
     folder = tmp_path_factory.mktemp("cache")
     if _native_library.exists():
         (folder / "native").symlink_to(_native_library)
     monkeypatch.setenv("FASTVITC_CACHE", str(folder))
-    monkeypatch.setattr(_choices, "_known", {})
+    monkeypatch.setattr(measured, "_known", {})
     return folder
 
 

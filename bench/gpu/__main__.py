@@ -32,7 +32,7 @@ from bench.gpu.plan import Entry, plan
 from bench.gpu.table import table
 from bench.gpu.worker import DTYPE, Worker
 from fastvitc.files import write_atomically
-from fastvitc.machine import copy_peak, describe, flops_peak, versions
+from fastvitc.tuning.machine import copy_peak, describe, flops_peak, versions
 
 _SETTINGS = (
     "bfloat16 autocast, channels-last, equal weights; CUDA events, median of a pass, L2 overwritten before every call, "

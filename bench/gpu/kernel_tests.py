@@ -13,8 +13,8 @@ from pathlib import Path
 from bench.gpu.measure import Record, not_measured
 
 _ROOT = Path(__file__).parents[2]
-_WITH_HYPOTHESIS = ("tests/kernels_attention", "tests/kernels_bn_relu", "tests/kernels_conv_stem")
-_WITHOUT = ("tests/test_triton_training.py",)
+_WITH_HYPOTHESIS = ("tests/kernels/attention", "tests/kernels/bn_relu", "tests/kernels/conv_stem")
+_WITHOUT = ("tests/training/test_triton_training.py",)
 _PROCESSES = 12  # each compiles kernels
 
 

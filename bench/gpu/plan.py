@@ -8,7 +8,7 @@ import torch
 
 from bench import test_models, test_ops
 from bench.contest import Contest
-from fastvitc.config import ViTConfig, preset
+from fastvitc.models.config import ViTConfig, preset
 
 OPS = ("stem", "attention", "bn_relu")
 

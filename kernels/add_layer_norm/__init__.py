@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._backend import Backends, Choice, resolve
-from fastvitc.kernels._checks import check_device, check_dtype, check_floating
-from fastvitc.kernels._dtype import accumulation_dtype, autocast_dtype
-from fastvitc.kernels._native import no_native
 from fastvitc.kernels.add_layer_norm import library
+from fastvitc.kernels.choice.backends import Backends, Choice, resolve
+from fastvitc.kernels.choice.checks import check_device, check_dtype, check_floating
+from fastvitc.kernels.choice.dtypes import accumulation_dtype, autocast_dtype
+from fastvitc.kernels.cpu.build import no_native
 
 _BACKENDS = Backends(
     op="add_layer_norm",

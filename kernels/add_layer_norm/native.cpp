@@ -8,7 +8,7 @@
 #include <cmath>
 #include <optional>
 
-#include "../native_rows.h"
+#include "../cpu/rows.h"
 
 namespace fastvitc {
 namespace {

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._dtype import accumulation_dtype
+from fastvitc.kernels.choice.dtypes import accumulation_dtype
 
 
 def forward(

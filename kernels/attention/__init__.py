@@ -5,11 +5,18 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._backend import Backends, BackendUnavailable, Choice, no_triton, requested, resolve
-from fastvitc.kernels._checks import check_dtype, check_floating
-from fastvitc.kernels._dtype import accumulation_dtype, autocast
-from fastvitc.kernels._native import no_native
 from fastvitc.kernels.attention import library
+from fastvitc.kernels.choice.backends import (
+    Backends,
+    BackendUnavailable,
+    Choice,
+    no_triton,
+    requested,
+    resolve,
+)
+from fastvitc.kernels.choice.checks import check_dtype, check_floating
+from fastvitc.kernels.choice.dtypes import accumulation_dtype, autocast
+from fastvitc.kernels.cpu.build import no_native
 
 
 def _no_xformers(device_type: str) -> str | None:

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../native_products.h"
+#include "../cpu/products.h"
 
 namespace fastvitc {
 namespace {

@@ -6,7 +6,7 @@ B batch, T tokens, N heads, D head dim.
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._dtype import accumulation_dtype
+from fastvitc.kernels.choice.dtypes import accumulation_dtype
 
 
 def _unpack(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvitc.kernels._triton import LOG2E, architecture, launch, load, rounded, store
+from fastvitc.kernels.gpu.triton import LOG2E, architecture, launch, load, rounded, store
 
 
 @dataclass(frozen=True)

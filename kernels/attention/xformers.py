@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from xformers.ops import fmha
 
-from fastvitc.kernels._backend import BackendUnavailable
+from fastvitc.kernels.choice.backends import BackendUnavailable
 
 
 def forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include "../native_rows.h"
+#include "../cpu/rows.h"
 
 namespace fastvitc {
 namespace {

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._dtype import accumulation_dtype
+from fastvitc.kernels.choice.dtypes import accumulation_dtype
 
 
 def _argument(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

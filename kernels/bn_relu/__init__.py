@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
-from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._checks import check_device, check_dtype, check_floating
-from fastvitc.kernels._dtype import accumulation_dtype
-from fastvitc.kernels._native import no_native
-from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
+from fastvitc.kernels.batch_norm.formulas import update_running
+from fastvitc.kernels.batch_norm.group import group_name, group_size, synchronizing
 from fastvitc.kernels.bn_relu import library
+from fastvitc.kernels.choice.backends import Backends, Choice, no_triton, resolve
+from fastvitc.kernels.choice.checks import check_device, check_dtype, check_floating
+from fastvitc.kernels.choice.dtypes import accumulation_dtype
+from fastvitc.kernels.cpu.build import no_native
 
 _BACKENDS = Backends(
     op="bn_relu",

@@ -8,7 +8,7 @@
 
 #include <numeric>
 
-#include "../native_rows.h"
+#include "../cpu/rows.h"
 
 namespace fastvitc {
 namespace {

@@ -7,7 +7,7 @@ is channels-last; others are copied to it and back. Statistics are not shared ov
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import input_coefficients, layer_vectors
+from fastvitc.kernels.batch_norm.formulas import input_coefficients, layer_vectors
 
 _NATIVE = torch.ops.fastvitc_native
 

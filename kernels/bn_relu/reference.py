@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import (
+from fastvitc.kernels.batch_norm.formulas import (
     gradient_sums,
     input_coefficients,
     input_gradient,
@@ -11,7 +11,7 @@ from fastvitc.kernels._batch_norm import (
     normalize_relu,
     statistics,
 )
-from fastvitc.kernels._synchronize import mean_over_group, merged_statistics
+from fastvitc.kernels.batch_norm.group import mean_over_group, merged_statistics
 
 
 def forward(

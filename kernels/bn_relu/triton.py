@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import layer_vectors
-from fastvitc.kernels._triton import launch, load, relu, store
-from fastvitc.kernels._triton_batch_norm import gradients_of, merge, tile_statistics, vectors_of
+from fastvitc.kernels.batch_norm.formulas import layer_vectors
+from fastvitc.kernels.batch_norm.merge import gradients_of, merge, tile_statistics, vectors_of
+from fastvitc.kernels.gpu.triton import launch, load, relu, store
 
 _ROWS, _WARPS = 64, 4
 _CHUNKS = 512  # row chunks, at most: enough programs to fill any GPU, few enough to merge in one

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastvitc.kernels._backend import Backends, Choice, no_triton, resolve
-from fastvitc.kernels._batch_norm import update_running
-from fastvitc.kernels._checks import check_device, check_dtype, check_floating
-from fastvitc.kernels._dtype import accumulation_dtype, autocast, autocast_dtype
-from fastvitc.kernels._native import no_native
-from fastvitc.kernels._synchronize import group_name, group_size, synchronizing
+from fastvitc.kernels.batch_norm.formulas import update_running
+from fastvitc.kernels.batch_norm.group import group_name, group_size, synchronizing
+from fastvitc.kernels.choice.backends import Backends, Choice, no_triton, resolve
+from fastvitc.kernels.choice.checks import check_device, check_dtype, check_floating
+from fastvitc.kernels.choice.dtypes import accumulation_dtype, autocast, autocast_dtype
 from fastvitc.kernels.conv_stem import composed, library
-from fastvitc.kernels.conv_stem.stem import Stem
+from fastvitc.kernels.conv_stem.arguments import Stem
+from fastvitc.kernels.cpu.build import no_native
 
 _BACKENDS = Backends(
     op="conv_stem",
@@ -23,7 +23,7 @@ _BACKENDS = Backends(
     },
     rooms={
         "torch": "library",
-        "triton": "triton",
+        "triton": "triton.stem",
         "bn_relu": "composed",
         "native": "composed",
         "reference": "reference",
@@ -95,7 +95,7 @@ def conv_stem(
     Convolutions accumulate and statistics run in float32 (float64 for float64 input). Triton and the reference save
     the image as it came, z_i in the dtype of the weights, and four vectors per channel; backward recomputes the rest.
     The Triton backend normalises and clips a layer's input while it loads it, leaves partial statistics of its output,
-    and in backward forms dz = A·dy' + B·z + C on load; `fastvitc.kernels.conv_stem.triton` has the algorithm.
+    and in backward forms dz = A·dy' + B·z + C on load; `fastvitc.kernels.conv_stem.triton.stem` has the algorithm.
     Native computes channels-last whatever the layout of the image, reads a uint8 image once and writes it normalised in
     the convolutions' dtype, and saves what PyTorch's convolutions save and z_i; BatchNorm and ReLU are two passes each
     way.

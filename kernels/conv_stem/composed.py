@@ -3,9 +3,9 @@
 from functools import partial
 
 from fastvitc.kernels.bn_relu import bn_relu
-from fastvitc.kernels.conv_stem import library, native
+from fastvitc.kernels.conv_stem import library, pixels
 
 with_triton = partial(library.conv_stem, normalize=partial(bn_relu, backend="triton"))
 with_native = partial(
-    library.conv_stem, normalize=partial(bn_relu, backend="native"), pixels=native.channels_last_pixels
+    library.conv_stem, normalize=partial(bn_relu, backend="native"), pixels=pixels.channels_last_pixels
 )

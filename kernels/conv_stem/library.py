@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import scale_shift
-from fastvitc.kernels._dtype import autocast
-from fastvitc.kernels._tokens import assemble, scaled_pixels
-from fastvitc.kernels.conv_stem.stem import Stem
+from fastvitc.kernels.batch_norm.formulas import scale_shift
+from fastvitc.kernels.choice.dtypes import autocast
+from fastvitc.kernels.conv_stem.arguments import Stem
+from fastvitc.kernels.conv_stem.ends import assemble, scaled_pixels
 
 
 def batch_norm_relu(

@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "../native.h"
+#include "../cpu/vectors.h"
 
 namespace fastvitc {
 namespace {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvitc.kernels._batch_norm import (
+from fastvitc.kernels.batch_norm.formulas import (
     gradient_sums,
     input_coefficients,
     input_gradient,
@@ -18,10 +18,10 @@ from fastvitc.kernels._batch_norm import (
     normalize_relu,
     statistics,
 )
-from fastvitc.kernels._dtype import accumulation_dtype
-from fastvitc.kernels._synchronize import mean_over_group, merged_statistics
-from fastvitc.kernels._tokens import assemble, scaled_pixels
-from fastvitc.kernels.conv_stem.stem import Stem
+from fastvitc.kernels.batch_norm.group import mean_over_group, merged_statistics
+from fastvitc.kernels.choice.dtypes import accumulation_dtype
+from fastvitc.kernels.conv_stem.arguments import Stem
+from fastvitc.kernels.conv_stem.ends import assemble, scaled_pixels
 
 
 def _convolve(y: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:

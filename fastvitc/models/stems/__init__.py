@@ -1,0 +1,5 @@
+"""Stems: from an image to the encoder's token tensor. Usable as the first layer of any vision transformer."""
+
+from fastvitc.models.stems.conv import IMAGENET_MEAN, IMAGENET_STD, ConvStem, PatchifyStem, StemConfig
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ConvStem", "PatchifyStem", "StemConfig"]

@@ -1,0 +1,147 @@
+"""The vision transformer: stem, encoder, head; and the function that makes one by name."""
+
+from dataclasses import replace
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastvitc.kernels import Choice
+from fastvitc.models.config import ViTConfig, as_size, preset
+from fastvitc.models.encoder import Block
+
+
+class VisionTransformer(nn.Module):
+    """ViT_P or ViT_C as of Xiao et al. 2021: stem, class token, learned positions, pre-norm blocks, LayerNorm, head.
+
+    Args:
+        config: sizes, stem and pooling.
+        backend: implementation of the ops: one name for all, or {op: name} with "auto" for the ops left out; "auto"
+            takes the one measured fastest on the device, else the first in the op's order that runs there.
+        grad_checkpointing: keep only each block's input for backward and recompute the rest.
+
+    The head starts at zero, as in the paper's code: a new model's logits are all zero.
+    """
+
+    def __init__(
+        self, config: ViTConfig, *, backend: Choice = "auto", grad_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = grad_checkpointing
+        self.stem = config.stem.build(config.in_chans, backend=backend)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.pool == "token" else None
+        self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_width, rate, backend=backend) for rate in rates
+        )
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, config.num_classes) if config.num_classes else nn.Identity()
+        nn.init.normal_(self.pos_embed, std=0.02)
+        if config.num_classes:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Normalised or uint8 image (B, C, H, W), see `ConvStem` → tokens after the final LayerNorm (B, S, width)."""
+        self.check_image(image)
+        x = self.stem(image, self.class_token, self.pos_embed)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised or uint8 image (B, C, H, W), see `ConvStem` → logits (B, num_classes).
+
+        Without classes: pooled features (B, width).
+        """
+        x = self.forward_features(image)
+        return self.head(x[:, 0] if self.config.pool == "token" else x.mean(1))
+
+    def check_image(self, image: Tensor) -> None:
+        """Raise ValueError for an image of another shape than the model's."""
+        expected = (self.config.in_chans, *self.config.image_size)
+        if image.dim() != 4 or tuple(image.shape[1:]) != expected:
+            raise ValueError(
+                f"this model takes images (B, {', '.join(map(str, expected))}), got {tuple(image.shape)}; "
+                "resize them, or make the model with image_size=(height, width)"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        key = prefix + "pos_embed"
+        found = state_dict.get(key)
+        if found is not None and found.dim() == 3 and found.shape[1] != self.config.tokens:
+            prefixed = int(self.config.pool == "token")
+            side = isqrt(found.shape[1] - prefixed)
+            if side * side == found.shape[1] - prefixed:
+                resized = resize_pos_embed(found, (side, side), self.config.grid, prefixed)
+                state_dict = {**state_dict, key: resized}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], prefix_tokens: int = 1
+) -> Tensor:
+    """Position embedding (1, prefix + h·w, C) for another grid of patches, by antialiased bicubic interpolation.
+
+    The first `prefix_tokens` rows (the class token's) are kept. `load_state_dict` of a model does this by itself
+    where the weights come from a square image with another number of patches; for others call it first (an embedding
+    with as many rows as the model's is loaded as it is).
+
+    Raises:
+        ValueError: `pos_embed` does not have prefix_tokens + h·w rows.
+    """
+    if pos_embed.dim() != 3 or pos_embed.shape[1] != prefix_tokens + old_grid[0] * old_grid[1]:
+        raise ValueError(
+            f"pos_embed must be (1, {prefix_tokens} + {old_grid[0]}·{old_grid[1]}, C), got {tuple(pos_embed.shape)}"
+        )
+    prefix, grid = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
+    grid = grid.mT.unflatten(2, old_grid).float()
+    grid = F.interpolate(grid, new_grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([prefix, grid.flatten(2).mT.to(pos_embed.dtype)], dim=1)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    image_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    pool: str = "token",
+    drop_path: float = 0.0,
+    backend: Choice = "auto",
+    grad_checkpointing: bool = False,
+) -> VisionTransformer:
+    """A freshly initialised model of a preset.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the head; 0 for pooled features instead of logits.
+        image_size: side in pixels, or (height, width); by default the preset's (224, or 32 for the small presets).
+            Both sides must be multiples of the stem's stride (16, or 8 for the small presets).
+        in_chans: channels of the image.
+        pool: "token" reads the class token, "mean" averages the tokens (there is no class token then).
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
+        backend: implementation of the ops: one name for all, or {op: name}; see `VisionTransformer`.
+        grad_checkpointing: trade compute for memory in training.
+
+    Raises:
+        UsageError: an unknown name (the nearest are named) a size that does not fit, or backends of
+            unknown ops.
+    """
+    base = preset(name)
+    config = replace(
+        base,
+        num_classes=num_classes,
+        image_size=base.image_size if image_size is None else as_size(image_size),
+        in_chans=in_chans,
+        pool=pool,
+        drop_path=drop_path,
+    )
+    return VisionTransformer(config, backend=backend, grad_checkpointing=grad_checkpointing)

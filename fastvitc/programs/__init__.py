@@ -1,0 +1,1 @@
+"""The command-line programs: they read settings and put the rest together."""

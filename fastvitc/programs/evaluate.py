@@ -1,0 +1,141 @@
+"""`fastvitc-evaluate`: accuracy of a saved model, ours or another library's, on a folder of images."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from fastvitc import convert
+from fastvitc.data import create_loader, digits_folder, index_split
+from fastvitc.errors import UsageError
+from fastvitc.kernels import chosen
+from fastvitc.models.config import as_size
+from fastvitc.models.saved import load_model, load_weights, model_folder, read_config
+from fastvitc.models.vit import VisionTransformer, create_model
+from fastvitc.programs.command import parse, run_command
+from fastvitc.training.evaluation import Accuracy, Evaluator
+from fastvitc.training.process import Process, pick_device
+from fastvitc.tuning.machine import PRECISIONS, fast_precision
+
+PROGRAM = "fastvitc-evaluate"
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Accuracy of a saved model on a folder of images."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Folder of a saved model (a run's best/ or last/), or another library's file with --source."""
+    data_dir: str | None = None
+    """Folder with val/<class>/* or <class>/*; by default scikit-learn's digits."""
+    source: Literal["fastvitc", "pycls", "torchvision", "timm"] = "fastvitc"
+    """Which library wrote the checkpoint."""
+    model: str | None = None
+    """Preset of another library's checkpoint."""
+    ema: bool = False
+    """Take the moving average of a pycls checkpoint."""
+    image_size: tuple[int, ...] | None = None
+    """Side in pixels, or height and width, of another library's checkpoint; by default the preset's."""
+    crop_ratio: float | None = None
+    """Side of the centre crop over the side the image is resized to; by default as in training, else 0.875."""
+    loader: Literal["auto", "dali", "pil"] = "auto"
+    """Decoder: DALI, or PIL in worker processes. auto: DALI on a GPU, else PIL."""
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """Decoding processes or threads; by default the CPU cores."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    """Images per batch."""
+    backend: str = "auto"
+    """Implementation of the ops, see fastvitc-info: one name, or op=name,op=name."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
+    """bf16: autocast. By default where there is a GPU, or a CPU that multiplies in it."""
+    compile: bool = False
+    """torch.compile; pays for itself on large sets."""
+
+
+def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...] | None, float]:
+    """(the model, its classes where the checkpoint names them, its crop ratio)."""
+    if settings.source == "fastvitc":
+        if settings.model is not None or settings.image_size is not None or settings.ema:
+            raise UsageError(
+                "--model, --image-size and --ema are for other libraries' checkpoints; ours know their own"
+            )
+        folder = model_folder(settings.checkpoint)
+        model, config = load_model(folder, backend=settings.backend), read_config(folder)
+        classes = config.get("classes")
+        ratio = config.get("preprocessing", {}).get("crop_ratio", 0.875)
+        return model, None if classes is None else tuple(classes), ratio
+    if settings.model is None:
+        raise UsageError(
+            f"a checkpoint of {settings.source} does not name its model; give the preset with --model"
+        )
+    weights = convert.load(settings.checkpoint, settings.source, ema=settings.ema)
+    size = settings.image_size
+    model = create_model(
+        settings.model,
+        num_classes=len(weights["head.bias"]) if "head.bias" in weights else 0,
+        image_size=None if size is None else as_size(size[0] if len(size) == 1 else size),
+        pool="token" if "class_token" in weights else "mean",
+        backend=settings.backend,
+    )
+    load_weights(model, weights)
+    return model.eval(), None, 0.875
+
+
+def evaluate(settings: EvaluateSettings) -> Accuracy:
+    """Evaluate as the settings say, every image once."""
+    process = Process(0, 1, pick_device(settings.device))
+    dtype = PRECISIONS[settings.precision]
+    chosen(process.device, settings.backend, dtype)
+    model, classes, crop_ratio = load(settings)
+    index = index_split(settings.data_dir if settings.data_dir is not None else digits_folder())
+    if classes is not None and classes != index.classes:
+        raise UsageError(
+            f"the model was trained on {len(classes)} classes ({', '.join(classes[:3])}, ...), the folder has "
+            f"{len(index.classes)} ({', '.join(index.classes[:3])}, ...); give the data it was trained for"
+        )
+    if model.config.num_classes != len(index.classes):
+        raise UsageError(
+            f"the model has {model.config.num_classes} outputs, the folder {len(index.classes)} classes"
+        )
+    loader = create_loader(
+        settings.loader,
+        index,
+        training=False,
+        batch_size=settings.batch_size,
+        image_size=model.config.image_size,
+        device=process.device,
+        workers=settings.workers,
+        crop_ratio=crop_ratio if settings.crop_ratio is None else settings.crop_ratio,
+    )
+    model = model.to(process.device, memory_format=torch.channels_last)
+    evaluator = Evaluator(
+        model, process, dtype=dtype, batch_size=settings.batch_size, compile=settings.compile
+    )
+    try:
+        return evaluator(loader)
+    finally:
+        loader.close()
+
+
+def main() -> None:
+    settings = parse(EvaluateSettings, PROGRAM, sys.argv[1:])
+    start = time.perf_counter()
+    accuracy = evaluate(settings)
+    seconds = time.perf_counter() - start
+    print(
+        f"top-1 {accuracy.top1:.2f}% ({accuracy.correct} of {accuracy.images}), top-5 {accuracy.top5:.2f}%, "
+        f"loss {accuracy.loss:.4f}, {accuracy.images / seconds:,.0f} images/s with start-up"
+    )
+
+
+def cli() -> None:
+    run_command(PROGRAM, main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,1 @@
+"""Training: settings and recipes, the compiled step, evaluation, the run and its state."""

@@ -1,0 +1,55 @@
+"""Measures a training epoch without waiting for the device, except where a figure is read."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from fastvitc.training.process import Process
+
+
+class Meter:
+    """Loss, images per second and the share of time spent waiting for data, over an epoch.
+
+    Args:
+        images_per_step: over all processes.
+        process: this process.
+    """
+
+    def __init__(self, images_per_step: int, process: Process) -> None:
+        self._images_per_step, self._process = images_per_step, process
+        self._loss: Tensor | None = None
+        self._losses = 0
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def add(self, loss: Tensor) -> None:
+        """Count a step and its loss, a 0-d tensor."""
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._losses += 1
+        self._steps += 1
+
+    def restart(self) -> float:
+        """Forget the time and the steps so far, as after a first step that compiles; return that time."""
+        now = time.perf_counter()
+        elapsed = now - self._start
+        self._start, self._waited, self._steps = now, 0.0, 0
+        return elapsed
+
+    def mean_loss(self) -> float:
+        """Mean loss of the epoch so far over all processes; waits for the device and for them."""
+        if self._loss is None:
+            return float("nan")
+        return self._process.sum(self._loss.clone()).item() / (self._losses * self._process.world_size)
+
+    def rates(self) -> tuple[float, float]:
+        """(images per second over all processes, share of the time spent waiting for data)."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        return self._steps * self._images_per_step / elapsed, self._waited / elapsed

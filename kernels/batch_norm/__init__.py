@@ -1,0 +1,1 @@
+"""BatchNorm and ReLU as `bn_relu` and `conv_stem` share them."""

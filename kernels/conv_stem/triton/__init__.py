@@ -1,0 +1,1 @@
+"""The stem on the GPU."""

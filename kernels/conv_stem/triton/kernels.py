@@ -1,0 +1,394 @@
+"""The stem's convolution kernels: implicit matrix products on NHWC tensors, forward and both gradients.
+
+B batch, C input and N output channels, (H, W) input and (OH, OW) output, (KH, KW) kernel, S stride, P padding. A
+weight is the (N, KH·KW·C) matrix that its channels-last storage is: k = (kh·KW + kw)·C + c.
+
+No activation is ever stored: a program normalises and clips its input x while it loads it, y = relu(scale·x + shift),
+zero where the kernel reaches over the border, and forms the gradient dz = A·dy' + B·z + C of a convolution's output z
+likewise. K runs tap by tap, so that a row's place is checked once for all channels of a tap; where a tap has fewer
+channels than a tile, K runs on over the taps instead, and tiles stay full. Every output element is written by one
+program: no atomics, results repeat bitwise.
+"""
+
+import triton
+import triton.language as tl
+
+from fastvitc.kernels.batch_norm.merge import tile_statistics
+from fastvitc.kernels.gpu.triton import load, relu, rounded, store
+
+
+@triton.jit
+def _row_vector(vectors, row: tl.constexpr, columns, known, C: tl.constexpr):
+    """Row of a (·, C) tensor of vectors, to be multiplied with a tile."""
+    return tl.load(vectors + row * C + columns, mask=known, other=0.0)[None, :]
+
+
+@triton.jit
+def _taps(step, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BK: tl.constexpr, RUN_ON: tl.constexpr):
+    """(tap, input channel, k, whether k exists) of the BK columns of a step of K; the tap is one for all or (1, BK)."""
+    if RUN_ON:
+        k = step * BK + tl.arange(0, BK)
+        tap, channel, known = (k // C)[None, :], k % C, k < KH * KW * C
+    else:
+        CHUNKS: tl.constexpr = (C + BK - 1) // BK
+        tap = step // CHUNKS
+        channel = (step % CHUNKS) * BK + tl.arange(0, BK)
+        k, known = tap * C + channel, channel < C
+    return tap, channel, k, known
+
+
+@triton.jit
+def _patches(
+    x,  # (B, H, W, C)
+    vectors,  # (2, C) scale and shift, or None
+    image,  # (BM,) int64 offset of each row's image
+    top,  # (BM,) first image row under the kernel
+    left,  # (BM,)
+    inside,  # (BM,)
+    tap,
+    channel,
+    known,
+    dtype: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    KW: tl.constexpr,
+    RELU: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The (BM, BK) tile of the input patches at a step of K."""
+    row = top[:, None] + tap // KW
+    column = left[:, None] + tap % KW
+    valid = inside[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W) & known[None, :]
+    tile = load(x + image[:, None] + ((row * W + column) * C + channel[None, :]), valid, INTERPRET)
+    if vectors is not None:
+        scale, shift = _row_vector(vectors, 0, channel, known, C), _row_vector(vectors, 1, channel, known, C)
+        tile = tile.to(tl.float32) * scale + shift
+        if RELU:
+            tile = relu(tile)
+        tile = tl.where(valid, tile, 0.0)
+    return rounded(tile, dtype, INTERPRET)
+
+
+@triton.jit
+def _output_gradient(
+    dy,  # (rows, N), with rows before those of each image where there is no z
+    z,  # (rows, N) or None
+    coefficients,  # (3, N)
+    offsets,  # of the tile in dy and z
+    channel,
+    valid,
+    known,
+    dtype: tl.constexpr,
+    N: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """A tile of dz = A·dy' + B·z + C, or of dy where no normalisation follows the convolution."""
+    tile = load(dy + offsets, valid, INTERPRET)
+    if z is not None:
+        a, b = (
+            _row_vector(coefficients, 0, channel, known, N),
+            _row_vector(coefficients, 1, channel, known, N),
+        )
+        c = _row_vector(coefficients, 2, channel, known, N)
+        raw = load(z + offsets, valid, INTERPRET).to(tl.float32)
+        tile = tl.where(valid, tile.to(tl.float32) * a + (raw * b + c), 0.0)
+    return rounded(tile, dtype, INTERPRET)
+
+
+@triton.jit
+def _convolved(
+    x,
+    vectors,
+    weight,  # (N, KH·KW·C)
+    image,
+    top,
+    left,
+    inside,
+    columns,  # (BN,) output channels
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RUN_ON: tl.constexpr,
+    STEPS: tl.constexpr,
+    RELU: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """(BM, BN) tile of the convolution's output, in float32."""
+    K: tl.constexpr = KH * KW * C
+    dtype: tl.constexpr = weight.dtype.element_ty
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in range(0, STEPS):
+        tap, channel, k, known = _taps(step, C, KH, KW, BK, RUN_ON)
+        tile = _patches(
+            x, vectors, image, top, left, inside, tap, channel, known,
+            dtype, H, W, C, KW, RELU, INTERPRET,
+        )  # fmt: skip
+        mask = known[:, None] & (columns < N)[None, :]
+        kernel = load(weight + columns[None, :] * K + k[:, None], mask, INTERPRET)
+        acc = tl.dot(tile, kernel, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _conv_fwd_kernel(
+    x,  # (B, H, W, C)
+    vectors,  # (2, C) scale and shift, or None
+    weight,  # (N, KH·KW·C)
+    bias,  # (N,) or None: bias and ReLU follow
+    out,  # (B, OH, OW, N)
+    partial,  # (2, tiles of rows, N): mean, M2 of out; or None
+    M,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RUN_ON: tl.constexpr,
+    STEPS: tl.constexpr,
+    RELU: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    # Programs of one tile of rows and all columns are neighbours: they read the same input.
+    COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
+    row_tile = tl.program_id(0) // COLUMN_TILES
+    columns = (tl.program_id(0) % COLUMN_TILES) * BN + tl.arange(0, BN)
+    rows = row_tile * BM + tl.arange(0, BM)
+    inside = rows < M
+    image = (rows // (OH * OW)).to(tl.int64) * (H * W * C)
+    top = rows // OW % OH * S - P
+    left = rows % OW * S - P
+    acc = _convolved(
+        x, vectors, weight, image, top, left, inside, columns,
+        H, W, C, N, KH, KW, BM, BN, BK, RUN_ON, STEPS, RELU, INTERPRET,
+    )  # fmt: skip
+    if bias is not None:
+        acc = relu(acc + tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :])
+    mask = inside[:, None] & (columns < N)[None, :]
+    store(out + rows[:, None].to(tl.int64) * N + columns[None, :], acc, mask, INTERPRET)
+    if partial is not None:
+        # Of the rounded values: they are what the next layer normalises.
+        kept = rounded(acc, out.dtype.element_ty, INTERPRET).to(tl.float32)
+        mean, m2 = tile_statistics(kept, mask, tl.minimum(M - row_tile * BM, BM).to(tl.float32))
+        place = partial + row_tile * N + columns
+        tl.store(place, mean, mask=columns < N)
+        tl.store(place + tl.num_programs(0) // COLUMN_TILES * N, m2, mask=columns < N)
+
+
+@triton.jit
+def _tokens_fwd_kernel(
+    x,  # (B, H, W, C)
+    vectors,  # (2, C) scale and shift, or None
+    weight,  # (N, KH·KW·C)
+    bias,  # (N,)
+    class_token,  # (N,) or None
+    pos_embed,  # (FIRST + OH·OW, N) or None
+    out,  # (B, FIRST + OH·OW, N)
+    M,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    FIRST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RUN_ON: tl.constexpr,
+    STEPS: tl.constexpr,
+    RELU: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    TOKENS: tl.constexpr = FIRST + OH * OW
+    COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
+    columns = (tl.program_id(0) % COLUMN_TILES) * BN + tl.arange(0, BN)
+    rows = tl.program_id(0) // COLUMN_TILES * BM + tl.arange(0, BM)
+    token = rows % TOKENS
+    patch = token - FIRST
+    image = (rows // TOKENS).to(tl.int64) * (H * W * C)
+    inside = (rows < M) & (patch >= 0)
+    acc = _convolved(
+        x, vectors, weight, image, patch // OW * S - P, patch % OW * S - P, inside, columns,
+        H, W, C, N, KH, KW, BM, BN, BK, RUN_ON, STEPS, RELU, INTERPRET,
+    )  # fmt: skip
+    known = columns < N
+    acc += tl.load(bias + columns, mask=known, other=0.0).to(tl.float32)[None, :]
+    if class_token is not None:
+        first = tl.load(class_token + columns, mask=known, other=0.0).to(tl.float32)
+        acc = tl.where((patch < 0)[:, None], first[None, :], acc)
+    mask = (rows < M)[:, None] & known[None, :]
+    if pos_embed is not None:
+        acc += load(pos_embed + token[:, None] * N + columns[None, :], mask, INTERPRET).to(tl.float32)
+    store(out + rows[:, None].to(tl.int64) * N + columns[None, :], acc, mask, INTERPRET)
+
+
+@triton.jit
+def _conv_bwd_input_kernel(
+    dy,  # (B, FIRST + OH·OW, N)
+    z,  # (B, OH, OW, N) or None
+    coefficients,  # (3, N)
+    weight,  # (N, KH·KW·C)
+    x,  # (B, H, W, C) what was normalised below
+    vectors,  # (4, C) or None
+    dx,  # (B, H, W, C): dy' of the layer below, or without vectors the gradient itself
+    partial,  # (2, tiles, C): Σdy', Σdy'·(x − mean); or None
+    sums,  # (IMAGES / BM, OH·OW, N) sums of dy over BM images; or None
+    M,
+    images,
+    IMAGES,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    FIRST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Pixels fall into S·S classes by their residue: each sees its own taps, and no product is with zero.
+
+    With `sums` a tile's rows are one place of BM images, IMAGES of them with padding, so that the sum over the images
+    falls out; every place is then one output's alone.
+    """
+    dtype: tl.constexpr = weight.dtype.element_ty
+    K: tl.constexpr = KH * KW * C
+    CHUNKS: tl.constexpr = (N + BK - 1) // BK
+    COLUMN_TILES: tl.constexpr = (C + BN - 1) // BN
+    HS: tl.constexpr = (H + S - 1) // S
+    WS: tl.constexpr = (W + S - 1) // S
+    columns = (tl.program_id(0) % COLUMN_TILES) * BN + tl.arange(0, BN)
+    tile_index = tl.program_id(0) // COLUMN_TILES
+    residue = tile_index % (S * S)
+    row_residue, column_residue = residue // S, residue % S
+    rows = tile_index // (S * S) * BM + tl.arange(0, BM)
+    if sums is not None:
+        place, image = rows // IMAGES, rows % IMAGES
+    else:
+        place, image = rows % (HS * WS), rows // (HS * WS)
+    h = place // WS * S + (row_residue + P * (S - 1)) % S  # (h + P) % S is row_residue
+    w = place % WS * S + (column_residue + P * (S - 1)) % S
+    inside = (rows < M) & (image < images) & (h < H) & (w < W)
+    last_row, last_column = (h + P) // S, (w + P) // S  # of the outputs that the pixel takes part in
+    first_output = image.to(tl.int64) * ((FIRST + OH * OW) * N) + FIRST * N
+    taps_down = (KH - row_residue + S - 1) // S
+    taps_across = (KW - column_residue + S - 1) // S
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in range(0, taps_down * taps_across * CHUNKS):
+        tap = step // CHUNKS
+        channel = (step % CHUNKS) * BK + tl.arange(0, BK)
+        known = channel < N
+        down, across = tap // taps_across, tap % taps_across
+        row, column = last_row - down, last_column - across
+        valid = (inside & (row >= 0) & (row < OH) & (column >= 0) & (column < OW))[:, None] & known[None, :]
+        offsets = first_output[:, None] + (((row * OW + column) * N)[:, None] + channel[None, :])
+        if sums is not None:
+            gradient = load(dy + offsets, valid, INTERPRET).to(tl.float32)
+            if tl.program_id(0) % (COLUMN_TILES * S * S) == 0:
+                first = tile_index // (S * S) * BM
+                total = sums + ((first % IMAGES // BM) * (OH * OW) + first // IMAGES) * N + channel
+                tl.store(total, tl.sum(gradient, 0), mask=known)
+            tile = rounded(gradient, dtype, INTERPRET)
+        else:
+            tile = _output_gradient(dy, z, coefficients, offsets, channel, valid, known, dtype, N, INTERPRET)
+        k = ((row_residue + down * S) * KW + column_residue + across * S) * C + columns
+        mask = known[:, None] & (columns < C)[None, :]
+        kernel = load(weight + channel[:, None] * K + k[None, :], mask, INTERPRET)
+        acc = tl.dot(tile, kernel, acc, input_precision="ieee")
+    known = columns < C
+    mask = inside[:, None] & known[None, :]
+    offsets = image.to(tl.int64)[:, None] * (H * W * C) + (((h * W + w) * C)[:, None] + columns[None, :])
+    if vectors is not None:
+        mean = _row_vector(vectors, 0, columns, known, C)
+        scale, shift = _row_vector(vectors, 2, columns, known, C), _row_vector(vectors, 3, columns, known, C)
+        raw = load(x + offsets, mask, INTERPRET).to(tl.float32)
+        acc = tl.where(mask & (raw * scale + shift > 0), acc, 0.0)
+        kept = rounded(acc, dx.dtype.element_ty, INTERPRET).to(tl.float32)
+        out = partial + tile_index * C + columns
+        tl.store(out, tl.sum(kept, 0), mask=known)
+        centred = tl.sum(kept * (raw - mean), 0)
+        tl.store(out + tl.num_programs(0) // COLUMN_TILES * C, centred, mask=known)
+    store(dx + offsets, acc, mask, INTERPRET)
+
+
+@triton.jit
+def _conv_bwd_weight_kernel(
+    x,  # (B, H, W, C)
+    vectors,  # (2, C) scale and shift, or None
+    dy,  # (B, FIRST + OH·OW, N)
+    z,  # (B, OH, OW, N) or None
+    coefficients,  # (3, N)
+    partial,  # (parts, N, KH·KW·C) float32
+    M,
+    part,
+    dtype: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    FIRST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RUN_ON: tl.constexpr,
+    STEPS: tl.constexpr,
+    RELU: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Sum over one part of the rows; the parts are added up afterwards, in order."""
+    K: tl.constexpr = KH * KW * C
+    COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
+    TILES: tl.constexpr = COLUMN_TILES * STEPS
+    tile_index = tl.program_id(0) % TILES
+    tap, channel, k, known = _taps(tile_index // COLUMN_TILES, C, KH, KW, BK, RUN_ON)
+    columns = (tile_index % COLUMN_TILES) * BN + tl.arange(0, BN)
+    known_columns = columns < N
+    index = tl.program_id(0) // TILES
+    acc = tl.zeros((BN, BK), tl.float32)
+    for start in range(index * part, tl.minimum((index + 1) * part, M), BM):
+        rows = start + tl.arange(0, BM)
+        inside = rows < M
+        number = rows // (OH * OW)
+        tile = _patches(
+            x, vectors, number.to(tl.int64) * (H * W * C), rows // OW % OH * S - P, rows % OW * S - P, inside,
+            tap, channel, known, dtype, H, W, C, KW, RELU, INTERPRET,
+        )  # fmt: skip
+        valid = inside[:, None] & known_columns[None, :]
+        offsets = (rows + (number + 1) * FIRST)[:, None].to(tl.int64) * N + columns[None, :]
+        gradient = _output_gradient(
+            dy, z, coefficients, offsets, columns, valid, known_columns, dtype, N, INTERPRET
+        )
+        acc = tl.dot(tl.trans(gradient), tile, acc, input_precision="ieee")
+    offsets = index.to(tl.int64) * (N * K) + columns[:, None] * K + k[None, :]
+    tl.store(partial + offsets, acc, mask=known_columns[:, None] & known[None, :])

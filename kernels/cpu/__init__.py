@@ -1,0 +1,1 @@
+"""What the native kernels share: their build, the CPU's features, and C++ headers."""
