@@ -15,12 +15,15 @@ from fastvitc.kernels.choice.backends import (
 )
 from fastvitc.kernels.choice.measured import Measured, cpu_name, measured, record
 from fastvitc.kernels.conv_stem import conv_stem
+from fastvitc.kernels.conv_stem.arguments import Layers, Pixels
 from fastvitc.kernels.cpu.build import cpu_flags
 
 __all__ = [
     "BackendUnavailable",
     "Choice",
+    "Layers",
     "Measured",
+    "Pixels",
     "add_layer_norm",
     "attention",
     "availability",

@@ -1,4 +1,4 @@
-"""What defines a stem besides its image: handed as one value to every backend of `conv_stem`."""
+"""What defines a stem besides its image: one value, which every backend of `conv_stem` gets."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,61 +16,107 @@ def output_size(size: Sequence[int], weight: Tensor, stride: int, padding: int) 
     return height, width
 
 
-class Stem(NamedTuple):
-    """Parameters and geometry. Lists run over the n layers, `strides` and `paddings` over the n + 1 convolutions.
+class Layers(NamedTuple):
+    """Parameters, running statistics and geometry: n layers of convolution, BatchNorm and ReLU, a closing convolution.
 
-    `pixel_scale` and `pixel_shift` (C_0,) are None or make y_0 = pixel_scale·image + pixel_shift. `group` names the
-    processes whose batches share the training statistics, "" is this process alone.
+    Attributes:
+        conv_weights: n tensors (C_i, C_{i−1}, k, k), float.
+        bn_weights, bn_biases, running_means, running_vars: n tensors (C_i,) each, float.
+        proj_weight, proj_bias: (d, C_n, k, k) and (d,), float; the closing convolution.
+        strides, paddings: n + 1 integers, one per convolution.
     """
 
     conv_weights: Sequence[Tensor]
     bn_weights: Sequence[Tensor]
     bn_biases: Sequence[Tensor]
+    running_means: Sequence[Tensor]
+    running_vars: Sequence[Tensor]
     proj_weight: Tensor
     proj_bias: Tensor
-    pixel_scale: Tensor | None
-    pixel_shift: Tensor | None
     strides: Sequence[int]
     paddings: Sequence[int]
-    eps: float
-    group: str
+
+    def convolutions(self) -> list[Tensor]:
+        """The n + 1 convolution weights."""
+        return [*self.conv_weights, self.proj_weight]
 
     def grids(self, height: int, width: int) -> list[tuple[int, int]]:
         """(height, width) of each convolution's output for an image of (height, width)."""
         sizes = []
-        weights = [*self.conv_weights, self.proj_weight]
-        for weight, stride, padding in zip(weights, self.strides, self.paddings, strict=True):
+        for weight, stride, padding in zip(self.convolutions(), self.strides, self.paddings, strict=True):
             height, width = output_size((height, width), weight, stride, padding)
             sizes.append((height, width))
         return sizes
 
-    def computing_in(self, dtype: torch.dtype) -> "Stem":
-        """The stem with its convolutions in a dtype; BatchNorm keeps its own."""
+    def computing_in(self, dtype: torch.dtype) -> "Layers":
+        """The layers with their convolutions in a dtype; BatchNorm keeps its own."""
         return self._replace(
             conv_weights=[weight.to(dtype) for weight in self.conv_weights],
             proj_weight=self.proj_weight.to(dtype),
             proj_bias=self.proj_bias.to(dtype),
         )
 
-    def packed(self) -> tuple[list[Tensor], list[Tensor], list[int], list[int], float, str]:
-        """(parameters, pixel vectors, strides, paddings, eps, group): what `unpacked` takes, in an operator's types."""
-        parameters = [*self.conv_weights, *self.bn_weights, *self.bn_biases, self.proj_weight, self.proj_bias]
-        pixels = [v for v in (self.pixel_scale, self.pixel_shift) if v is not None]
-        return parameters, pixels, list(self.strides), list(self.paddings), self.eps, self.group
+
+class Pixels(NamedTuple):
+    """What happens to an image before the first convolution: it is mixed, then normalised.
+
+    y_0 = scale·mixed + shift with mixed = w·image + (1 − w)·(image rolled by one over the batch). Inside the box of
+    rows [mix[1], mix[2]) and columns [mix[3], mix[4]) w is mix[0], outside it is 1. So one value stands for mixup
+    (Zhang et al. 2018) and CutMix (Yun et al. 2019).
+
+    Attributes:
+        scale, shift: (C_0,) float, both or none.
+        mix: (5,) float32, or None for an image as it is.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mix: Tensor | None = None
+
+
+class Stem(NamedTuple):
+    """What every backend gets beside the image, the class token and the positions.
+
+    `training` tells whether the batch's own statistics normalise. `group` names the processes whose batches share them;
+    "" is this process alone.
+    """
+
+    layers: Layers
+    pixels: Pixels
+    training: bool
+    eps: float
+    group: str
+
+    def computing_in(self, dtype: torch.dtype) -> "Stem":
+        """The stem with its convolutions in a dtype."""
+        return self._replace(layers=self.layers.computing_in(dtype))
+
+    def packed(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int], bool, float, str]:
+        """(parameters, running statistics, pixels, strides, paddings, training, eps, group) in an operator's types."""
+        convs, gammas, betas, means, variances, *proj, strides, paddings = self.layers
+        parameters = [*convs, *gammas, *betas, *proj]
+        running = [t.detach() for t in (*means, *variances)]
+        pixels = [t for t in self.pixels if t is not None]
+        return parameters, running, pixels, list(strides), list(paddings), self.training, self.eps, self.group
 
     @classmethod
     def unpacked(
         cls,
         parameters: Sequence[Tensor],
+        running: Sequence[Tensor],
         pixels: Sequence[Tensor],
         strides: Sequence[int],
         paddings: Sequence[int],
+        training: bool,
         eps: float,
         group: str,
     ) -> "Stem":
-        """The stem of `packed`."""
-        *layers, proj_weight, proj_bias = parameters
-        n = len(layers) // 3
-        lists = layers[:n], layers[n : 2 * n], layers[2 * n :]
-        scale, shift = pixels or (None, None)
-        return cls(*lists, proj_weight, proj_bias, scale, shift, strides, paddings, eps, group)
+        """The stem of `packed`; `running` may be empty in the backward pass, which does not read it."""
+        *lists, proj_weight, proj_bias = parameters
+        n = len(strides) - 1
+        layers = Layers(
+            *(lists[:n], lists[n : 2 * n], lists[2 * n :]),
+            *(running[:n], running[n:]),
+            *(proj_weight, proj_bias, strides, paddings),
+        )
+        return cls(layers, Pixels(*pixels), training, eps, group)

@@ -2,10 +2,7 @@
 
 from functools import partial
 
-from fastvitc.kernels.bn_relu import bn_relu
-from fastvitc.kernels.conv_stem import library, pixels
+from fastvitc.kernels.conv_stem import library, native
 
-with_triton = partial(library.conv_stem, normalize=partial(bn_relu, backend="triton"))
-with_native = partial(
-    library.conv_stem, normalize=partial(bn_relu, backend="native"), pixels=pixels.channels_last_pixels
-)
+with_triton = partial(library.conv_stem, norms="triton")
+with_native = partial(library.conv_stem, norms="native", first_input=native.channels_last)

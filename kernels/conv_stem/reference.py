@@ -21,7 +21,8 @@ from fastvitc.kernels.batch_norm.formulas import (
 from fastvitc.kernels.batch_norm.group import mean_over_group, merged_statistics
 from fastvitc.kernels.choice.dtypes import accumulation_dtype
 from fastvitc.kernels.conv_stem.arguments import Stem
-from fastvitc.kernels.conv_stem.ends import assemble, scaled_pixels
+from fastvitc.kernels.conv_stem.pixels import normalized
+from fastvitc.kernels.conv_stem.tokens import assemble
 
 
 def _convolve(y: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -51,42 +52,34 @@ def _convolve_backward(
     return (dy.to(y.dtype) if need_dy else None), dweight, dbias
 
 
-def _pixels(image: Tensor, stem: Stem) -> Tensor:
-    return scaled_pixels(image, stem.pixel_scale, stem.pixel_shift).to(stem.proj_weight.dtype)
+def _first_input(image: Tensor, stem: Stem) -> Tensor:
+    return normalized(image, stem.pixels).to(stem.layers.proj_weight.dtype)
 
 
 def forward(
-    image: Tensor,
-    stem: Stem,
-    running: Sequence[tuple[Tensor, Tensor]] | None,
-    class_token: Tensor | None,
-    pos_embed: Tensor | None,
+    image: Tensor, stem: Stem, class_token: Tensor | None, pos_embed: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(tokens, z of each layer, vectors (4, C) of each layer); `running` is None where the batch normalises itself."""
-    y, zs, vectors = _pixels(image, stem), [], []
-    for i, weight in enumerate(stem.conv_weights):
-        z = _convolve(y, weight, None, stem.strides[i], stem.paddings[i])
-        if running is None:
+    """(tokens, z of each layer, vectors (4, C) of each layer)."""
+    layers = stem.layers
+    y, zs, vectors = _first_input(image, stem), [], []
+    for i, weight in enumerate(layers.conv_weights):
+        z = _convolve(y, weight, None, layers.strides[i], layers.paddings[i])
+        if stem.training:
             mean, var = merged_statistics(*statistics(z), z.numel() // z.shape[1], stem.group)
         else:
-            mean, var = running[i]
+            mean, var = layers.running_means[i], layers.running_vars[i]
         zs.append(z)
-        vectors.append(layer_vectors(mean, var, stem.bn_weights[i], stem.bn_biases[i], stem.eps))
+        vectors.append(layer_vectors(mean, var, layers.bn_weights[i], layers.bn_biases[i], stem.eps))
         y = normalize_relu(z, vectors[i])
-    features = _convolve(y, stem.proj_weight, stem.proj_bias, stem.strides[-1], stem.paddings[-1])
+    features = _convolve(y, layers.proj_weight, layers.proj_bias, layers.strides[-1], layers.paddings[-1])
     return assemble(features, class_token, pos_embed), zs, vectors
 
 
 def infer(
-    image: Tensor,
-    stem: Stem,
-    dtype: torch.dtype,
-    running: Sequence[tuple[Tensor, Tensor]],
-    class_token: Tensor | None,
-    pos_embed: Tensor | None,
+    image: Tensor, stem: Stem, class_token: Tensor | None, pos_embed: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The tokens in evaluation, where nothing is kept for a backward pass; convolutions are in `dtype`."""
-    return forward(image, stem.computing_in(dtype), running, class_token, pos_embed)[0]
+    return forward(image, stem.computing_in(dtype), class_token, pos_embed)[0]
 
 
 def backward(
@@ -95,7 +88,6 @@ def backward(
     stem: Stem,
     zs: Sequence[Tensor],
     vectors: Sequence[Tensor],
-    training: bool,
     has_class_token: bool,
     need_dimage: bool,
 ) -> tuple[Tensor | None, list[Tensor], Tensor]:
@@ -103,20 +95,19 @@ def backward(
 
     The gradient of the class token is the first row of dpos_embed.
     """
-    n = len(zs)
-    grid = stem.grids(*image.shape[2:])[-1]
+    layers, n = stem.layers, len(zs)
 
     def activation(layer: int) -> Tensor:
-        return _pixels(image, stem) if layer < 0 else normalize_relu(zs[layer], vectors[layer])
+        return _first_input(image, stem) if layer < 0 else normalize_relu(zs[layer], vectors[layer])
 
     dpos_embed = dtokens.to(accumulation_dtype(dtokens.dtype)).sum(0, keepdim=True)
-    dfeatures = dtokens[:, int(has_class_token) :].mT.unflatten(2, grid)
+    dfeatures = dtokens[:, int(has_class_token) :].mT.unflatten(2, layers.grids(*image.shape[2:])[-1])
     dy, dproj_weight, dproj_bias = _convolve_backward(
         dfeatures,
         activation(n - 1),
-        stem.proj_weight,
-        stem.strides[-1],
-        stem.paddings[-1],
+        layers.proj_weight,
+        layers.strides[-1],
+        layers.paddings[-1],
         need_dimage or n > 0,
     )
     dconv: list[Tensor] = []
@@ -126,15 +117,15 @@ def backward(
         masked, dg, db = gradient_sums(dy, zs[i], vectors[i], stem.eps)
         sums = torch.stack([dg, db])
         count = zs[i].numel() // zs[i].shape[1]
-        means = mean_over_group(sums / count, stem.group) if training else torch.zeros_like(sums)
+        means = mean_over_group(sums / count, stem.group) if stem.training else torch.zeros_like(sums)
         dz = input_gradient(masked, zs[i], input_coefficients(vectors[i], *means, stem.eps))
         need_dy = need_dimage or i > 0
         dy, dw, _ = _convolve_backward(
-            dz, activation(i - 1), stem.conv_weights[i], stem.strides[i], stem.paddings[i], need_dy
+            dz, activation(i - 1), layers.conv_weights[i], layers.strides[i], layers.paddings[i], need_dy
         )
         dconv.insert(0, dw)
         dgamma.insert(0, dg)
         dbeta.insert(0, db)
-    if need_dimage and stem.pixel_scale is not None:
-        dy = dy * stem.pixel_scale.view(1, -1, 1, 1)
+    if need_dimage and stem.pixels.scale is not None:
+        dy = dy * stem.pixels.scale.view(1, -1, 1, 1)
     return dy, [*dconv, *dgamma, *dbeta, dproj_weight, dproj_bias], dpos_embed

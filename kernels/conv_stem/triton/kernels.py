@@ -3,11 +3,11 @@
 B batch, C input and N output channels, (H, W) input and (OH, OW) output, (KH, KW) kernel, S stride, P padding. A
 weight is the (N, KH·KW·C) matrix that its channels-last storage is: k = (kh·KW + kw)·C + c.
 
-No activation is ever stored: a program normalises and clips its input x while it loads it, y = relu(scale·x + shift),
-zero where the kernel reaches over the border, and forms the gradient dz = A·dy' + B·z + C of a convolution's output z
-likewise. K runs tap by tap, so that a row's place is checked once for all channels of a tap; where a tap has fewer
-channels than a tile, K runs on over the taps instead, and tiles stay full. Every output element is written by one
-program: no atomics, results repeat bitwise.
+No activation is ever stored. A program makes its input y = relu(scale·x + shift) while it loads x, zero where the
+kernel reaches over the border; the first convolution also mixes each image with the one before it. Likewise it forms
+the gradient dz = A·dy' + B·z + C of a convolution's output z. K runs tap by tap, so that a row's place is checked once
+for all channels of a tap. Where a tap has fewer channels than a tile, K runs on over the taps instead, and tiles stay
+full. Every output element is written by one program: no atomics, results repeat bitwise.
 """
 
 import triton
@@ -41,6 +41,8 @@ def _taps(step, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BK: tl.cons
 def _patches(
     x,  # (B, H, W, C)
     vectors,  # (2, C) scale and shift, or None
+    mix,  # (5,) weight, top, bottom, left, right; or None
+    batch,  # B, of which the first image is mixed with the last
     image,  # (BM,) int64 offset of each row's image
     top,  # (BM,) first image row under the kernel
     left,  # (BM,)
@@ -60,7 +62,17 @@ def _patches(
     row = top[:, None] + tap // KW
     column = left[:, None] + tap % KW
     valid = inside[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W) & known[None, :]
-    tile = load(x + image[:, None] + ((row * W + column) * C + channel[None, :]), valid, INTERPRET)
+    offsets = (row * W + column) * C + channel[None, :]
+    tile = load(x + image[:, None] + offsets, valid, INTERPRET)
+    if mix is not None:
+        # Outside the box an image is left alone, and the other's pixels are not read.
+        rows = (row >= tl.load(mix + 1)) & (row < tl.load(mix + 2))
+        box = valid & rows & (column >= tl.load(mix + 3)) & (column < tl.load(mix + 4))
+        partner = tl.where(image == 0, tl.cast(batch - 1, tl.int64) * (H * W * C), image - H * W * C)
+        other = load(x + partner[:, None] + offsets, box, INTERPRET).to(tl.float32)
+        weight = tl.load(mix)
+        tile = tile.to(tl.float32)
+        tile = tl.where(box, tile * weight + other * (1 - weight), tile)
     if vectors is not None:
         scale, shift = _row_vector(vectors, 0, channel, known, C), _row_vector(vectors, 1, channel, known, C)
         tile = tile.to(tl.float32) * scale + shift
@@ -100,6 +112,8 @@ def _output_gradient(
 def _convolved(
     x,
     vectors,
+    mix,
+    batch,
     weight,  # (N, KH·KW·C)
     image,
     top,
@@ -127,7 +141,7 @@ def _convolved(
     for step in range(0, STEPS):
         tap, channel, k, known = _taps(step, C, KH, KW, BK, RUN_ON)
         tile = _patches(
-            x, vectors, image, top, left, inside, tap, channel, known,
+            x, vectors, mix, batch, image, top, left, inside, tap, channel, known,
             dtype, H, W, C, KW, RELU, INTERPRET,
         )  # fmt: skip
         mask = known[:, None] & (columns < N)[None, :]
@@ -140,6 +154,7 @@ def _convolved(
 def _conv_fwd_kernel(
     x,  # (B, H, W, C)
     vectors,  # (2, C) scale and shift, or None
+    mix,  # see `_patches`
     weight,  # (N, KH·KW·C)
     bias,  # (N,) or None: bias and ReLU follow
     out,  # (B, OH, OW, N)
@@ -173,7 +188,7 @@ def _conv_fwd_kernel(
     top = rows // OW % OH * S - P
     left = rows % OW * S - P
     acc = _convolved(
-        x, vectors, weight, image, top, left, inside, columns,
+        x, vectors, mix, M // (OH * OW), weight, image, top, left, inside, columns,
         H, W, C, N, KH, KW, BM, BN, BK, RUN_ON, STEPS, RELU, INTERPRET,
     )  # fmt: skip
     if bias is not None:
@@ -193,6 +208,7 @@ def _conv_fwd_kernel(
 def _tokens_fwd_kernel(
     x,  # (B, H, W, C)
     vectors,  # (2, C) scale and shift, or None
+    mix,  # see `_patches`
     weight,  # (N, KH·KW·C)
     bias,  # (N,)
     class_token,  # (N,) or None
@@ -227,7 +243,7 @@ def _tokens_fwd_kernel(
     image = (rows // TOKENS).to(tl.int64) * (H * W * C)
     inside = (rows < M) & (patch >= 0)
     acc = _convolved(
-        x, vectors, weight, image, patch // OW * S - P, patch % OW * S - P, inside, columns,
+        x, vectors, mix, M // TOKENS, weight, image, patch // OW * S - P, patch % OW * S - P, inside, columns,
         H, W, C, N, KH, KW, BM, BN, BK, RUN_ON, STEPS, RELU, INTERPRET,
     )  # fmt: skip
     known = columns < N
@@ -340,6 +356,7 @@ def _conv_bwd_input_kernel(
 def _conv_bwd_weight_kernel(
     x,  # (B, H, W, C)
     vectors,  # (2, C) scale and shift, or None
+    mix,  # see `_patches`
     dy,  # (B, FIRST + OH·OW, N)
     z,  # (B, OH, OW, N) or None
     coefficients,  # (3, N)
@@ -381,8 +398,8 @@ def _conv_bwd_weight_kernel(
         inside = rows < M
         number = rows // (OH * OW)
         tile = _patches(
-            x, vectors, number.to(tl.int64) * (H * W * C), rows // OW % OH * S - P, rows % OW * S - P, inside,
-            tap, channel, known, dtype, H, W, C, KW, RELU, INTERPRET,
+            x, vectors, mix, M // (OH * OW), number.to(tl.int64) * (H * W * C),
+            rows // OW % OH * S - P, rows % OW * S - P, inside, tap, channel, known, dtype, H, W, C, KW, RELU, INTERPRET,
         )  # fmt: skip
         valid = inside[:, None] & known_columns[None, :]
         offsets = (rows + (number + 1) * FIRST)[:, None].to(tl.int64) * N + columns[None, :]

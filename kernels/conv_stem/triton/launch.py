@@ -28,11 +28,12 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bf
 
 
 class Input(NamedTuple):
-    """What a convolution reads: relu(scale·x + shift) of x, or less of that. x is dense in NHWC order."""
+    """What a convolution reads: relu(scale·mixed(x) + shift), or less of that. x is dense in NHWC order."""
 
     x: Tensor
     scale_shift: Tensor | None = None  # (2, C) float32
     relu: bool = False
+    mix: Tensor | None = None  # (5,) float32: x is mixed with itself rolled by one image, see `Pixels`
 
 
 class Gradient(NamedTuple):
@@ -99,6 +100,7 @@ class Convolution:
             (sets * triton.cdiv(channels, tiles.BN),),
             source.x,
             source.scale_shift,
+            source.mix,
             self._weight,
             bias,
             out,
@@ -143,6 +145,7 @@ class Convolution:
             (triton.cdiv(rows, tiles.BM) * triton.cdiv(channels, tiles.BN),),
             source.x,
             source.scale_shift,
+            source.mix,
             self._weight,
             bias,
             class_token,
@@ -225,6 +228,7 @@ class Convolution:
             (blocks * parts,),
             source.x,
             source.scale_shift,
+            source.mix,
             gradient.dy,
             gradient.z,
             gradient.coefficients,
