@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from bench.peers import timm_model, torchvision_model
+from bench.peers import FromPixels, timm_model, torchvision_model
 from fastvitc import VisionTransformer, convert
 from fastvitc.kernels import availability
 from fastvitc.models.config import ViTConfig
+from fastvitc.training.mix import Mixing
 
 
 def trained_like(config: ViTConfig, *, backend: str = "auto") -> VisionTransformer:
@@ -38,10 +39,18 @@ def _torchvision(config: ViTConfig) -> nn.Module:
     return model
 
 
+#: The peers with our weights, as their libraries call them: normalised images to logits.
+PEERS: dict[str, Callable[[ViTConfig], nn.Module]] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def _from_pixels(peer: str, config: ViTConfig) -> nn.Module:
+    return FromPixels(PEERS[peer](config))
+
+
+#: Ours and the peers: called with uint8 images and a mix or None.
 MODELS: dict[str, Callable[[ViTConfig], nn.Module]] = {
     "fastvitc": trained_like,
-    "timm": _timm,
-    "torchvision": _torchvision,
+    **{peer: partial(_from_pixels, peer) for peer in PEERS},
 }
 
 
@@ -60,6 +69,11 @@ def image_batch(config: ViTConfig, batch_size: int, device: torch.device) -> tor
     shape = (batch_size, config.in_chans, *config.image_size)
     images = torch.randint(256, shape, dtype=torch.uint8, device=device)
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def mix_of(config: ViTConfig, device: torch.device) -> torch.Tensor:
+    """A mix (5,) of the images, mixup of the paper's strength; the same at each call."""
+    return Mixing(mixup=0.8, cutmix=0.0).sample(config.image_size, (0,)).to(device)
 
 
 def one_block(config: ViTConfig) -> ViTConfig:

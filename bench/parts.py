@@ -1,7 +1,8 @@
 """The parts of a training step whose traffic is counted, as modules of ours and of the peer's with equal inputs.
 
 Everything runs in training under bfloat16 autocast. The stem goes from a uint8 channels-last image to the tokens, with
-normalisation, class token and position embedding. Inputs are zeros: no access depends on a value.
+mixup, normalisation, class token and position embedding. Inputs are zeros: no access depends on a value, but for those
+to pixels outside a mix's box, and mixup has none.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,11 @@ from torch import Tensor, nn
 
 from bench.interpreted import Build
 from bench.least import stem_bytes
-from bench.models import one_block
-from bench.peers import timm_model
+from bench.models import mix_of, one_block
+from bench.peers import FromPixels, timm_model
 from fastvitc.kernels import attention, bn_relu
 from fastvitc.models.config import ViTConfig
 from fastvitc.models.encoder import Block
-from fastvitc.training.step import Normalize
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,23 @@ def bn_relu_part(config: ViTConfig) -> Part:
 def stem_part(config: ViTConfig) -> Part:
     """Least: see `bench.least`. The peer is timm's stem with its class token and positions."""
 
-    def timm(module: nn.Module, image: Tensor) -> Tensor:
-        tokens = module.convolutions(module.normalize(image))
+    def timm(module: nn.Module, image: Tensor, mix: Tensor) -> Tensor:
+        tokens = module.stem(image, mix)
         return torch.cat([module.token.expand(image.shape[0], -1, -1), tokens], 1) + module.positions
 
-    def own(module: nn.Module, image: Tensor) -> Tensor:
-        return module.stem(image, module.token, module.positions)  # which normalises
+    def own(module: nn.Module, image: Tensor, mix: Tensor) -> Tensor:
+        return module.stem(image, module.token, module.positions, mix)
 
-    def build(
-        function: Callable[..., Tensor], batch: int, **owned: nn.Module
-    ) -> tuple[nn.Module, list[Tensor]]:
+    def build(function: Callable[..., Tensor], batch: int, stem: nn.Module) -> tuple[nn.Module, list[Tensor]]:
         token = nn.Parameter(torch.zeros(1, 1, config.width))
         positions = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        module = _Autocast(function, token=token, positions=positions, **owned)
+        module = _Autocast(function, token=token, positions=positions, stem=stem)
         image = torch.zeros(batch, *config.image_size, config.in_chans, dtype=torch.uint8)
-        return module, [image.permute(0, 3, 1, 2)]
+        return module, [image.permute(0, 3, 1, 2), mix_of(config, torch.device("cpu"))]
 
     return Part(
-        lambda batch: build(own, batch, stem=config.stem.build(config.in_chans, backend="triton")),
-        lambda batch: build(
-            timm, batch, normalize=Normalize(), convolutions=timm_model(one_block(config)).patch_embed
-        ),
+        lambda batch: build(own, batch, config.stem.build(config.in_chans, backend="triton")),
+        lambda batch: build(timm, batch, FromPixels(timm_model(one_block(config)).patch_embed)),
         stem_bytes(config),
     )
 

@@ -1,5 +1,7 @@
 """The models a user would take instead: the same architecture built from timm's and from torchvision's parts.
 
+Their own input, normalised float32 images, is made of uint8 ones by `FromPixels`.
+
 With converted weights (`fastvitc.convert`) they compute what `fastvitc.VisionTransformer(config)` computes,
 but for the order of floating-point sums. Each keeps its library's own initialisation. A library is imported when its
 model is made: the other's can be had without it.
@@ -7,10 +9,28 @@ model is made: the other's can be had without it.
 
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastvitc.errors import UsageError
+from fastvitc.kernels.conv_stem.pixels import mixed
 from fastvitc.models.config import StemConfig, ViTConfig
+from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
+
+
+class FromPixels(nn.Module):
+    """A peer's model as ours is called: uint8 images are normalised, (x/255 − mean)/std, and mixed in front of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255.0 * torch.tensor(IMAGENET_MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", 255.0 * torch.tensor(IMAGENET_STD).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, mix: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) uint8 and a mix (5,) or None → what the model gives."""
+        normal = (images.float() - self.mean) / self.std
+        return self.model(normal if mix is None else mixed(normal, mix))
 
 
 def timm_model(config: ViTConfig) -> nn.Module:

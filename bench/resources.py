@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.aot import LIMITS, Kernel, compiled
+from fastvitc.kernels import Pixels
 from fastvitc.kernels.attention import triton as attention
 from fastvitc.kernels.bn_relu import triton as bn_relu
 from fastvitc.kernels.conv_stem.arguments import Stem
@@ -44,36 +45,24 @@ def _bn_relu(channels: int, side: int, dtype: torch.dtype) -> None:
     bn_relu.backward(torch.empty_like(y), x, vectors, True, 1e-5, "")
 
 
-def _conv_stem(config: ViTConfig, dtype: torch.dtype, batch: int = _BATCH, pixels: bool = True) -> None:
+def _conv_stem(config: ViTConfig, dtype: torch.dtype, batch: int = _BATCH, mixed: bool = True) -> None:
     """The stem of a model: forward and backward in training, and evaluation.
 
-    From a uint8 image, or else from a normalised one with a gradient and with frozen statistics.
+    From a uint8 image that is mixed, or else from a normalised one with a gradient and with frozen statistics.
     """
     with torch.device("meta"):
-        module = ConvStem(config.stem).to(memory_format=torch.channels_last)
-        image = torch.empty(_BATCH, *config.image_size, config.in_chans, dtype=torch.uint8).permute(
-            0, 3, 1, 2
-        )
+        module = ConvStem(config.stem, config.in_chans).to(memory_format=torch.channels_last)
+        shape = batch, *config.image_size, config.in_chans
+        image = torch.empty(shape, dtype=torch.uint8 if mixed else dtype).permute(0, 3, 1, 2)
         ends = torch.empty(1, 1, config.width), torch.empty(1, config.tokens, config.width)
         dtokens = torch.empty(batch, config.tokens, config.width, dtype=torch.float32)
-        vectors = (torch.empty(config.in_chans), torch.empty(config.in_chans)) if pixels else (None, None)
-    norms = module.norms
-    stem = Stem(
-        [conv.weight.to(dtype) for conv in module.convs],
-        [norm.weight for norm in norms],
-        [norm.bias for norm in norms],
-        module.proj.weight.to(dtype),
-        module.proj.bias.to(dtype),
-        *vectors,
-        config.stem.strides,
-        config.stem.paddings,
-        1e-5,
-        "",
-    )
-    running = [(norm.running_mean, norm.running_var) for norm in norms]
-    _, zs, of_layers = conv_stem.forward(image, stem, None if pixels else running, *ends)
-    conv_stem.backward(dtokens, image, stem, zs, of_layers, pixels, True, not pixels)
-    conv_stem.infer(image, stem, dtype, running, *ends)
+        pixels = module.pixels(image, torch.empty(5)) if mixed else Pixels()
+    stem = Stem(module.layers(), pixels, mixed, 1e-5, "")
+    narrow = stem.computing_in(dtype)
+    _, zs, of_layers = conv_stem.forward(image, narrow, *ends)
+    conv_stem.backward(dtokens, image, narrow, zs, of_layers, True, not mixed)
+    plain = stem._replace(pixels=stem.pixels._replace(mix=None))
+    conv_stem.infer(image, plain, *ends, dtype)
 
 
 def _layers(config: ViTConfig) -> Iterator[tuple[int, int]]:
@@ -101,7 +90,7 @@ def calls(quick: bool) -> dict[str, Callable[[], None]]:
             found[f"conv_stem, {model}, {name}"] = lambda m=model, t=dtype: _conv_stem(preset(m), t)
         for batch in () if quick else (16, 32, 64):
             label = f"conv_stem, vitc_4gf, batch {batch}, frozen, from a normalised image, {name}"
-            found[label] = lambda n=batch, t=dtype: _conv_stem(preset("vitc_4gf"), t, n, pixels=False)
+            found[label] = lambda n=batch, t=dtype: _conv_stem(preset("vitc_4gf"), t, n, mixed=False)
     return found
 
 

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 from bench.models import MODELS
 from fastvitc.models.config import ViTConfig
-from fastvitc.training.step import Normalize
 
 #: uint8 images (B, C, H, W) in channels_last memory → logits.
 Runner = Callable[[Tensor], Tensor]
 
 
-class _FromPixels(nn.Module):
+class _Exported(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.normalize, self.model = Normalize(), MODELS["timm"](config)
+        self.model = MODELS["timm"](config)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, H, W, C) uint8 → logits."""
-        return self.model(self.normalize(pixels.permute(0, 3, 1, 2)))
+        return self.model(pixels.permute(0, 3, 1, 2))
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def openvino(config: ViTConfig, images: Tensor, dtype: torch.dtype) -> Runner:
             "ignore", r"`torch\.jit\.trace", FutureWarning
         )  # what the conversion is made by
         model = openvino.convert_model(
-            _FromPixels(config).eval(), example_input=pixels, input=list(pixels.shape)
+            _Exported(config).eval(), example_input=pixels, input=list(pixels.shape)
         )
     options = {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
@@ -62,7 +61,7 @@ def onnx_runtime(config: ViTConfig, images: Tensor, dtype: torch.dtype) -> Runne
     """ONNX Runtime for the shape of `images`, in float32 whatever the dtype: it has no bfloat16 kernels for a CPU."""
     import onnxruntime
 
-    exported = torch.onnx.export(_FromPixels(config).eval(), (_pixels(images),), dynamo=True, verbose=False)
+    exported = torch.onnx.export(_Exported(config).eval(), (_pixels(images),), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry(

@@ -1,24 +1,32 @@
-"""The whole model: one training step (forward, loss, backward, AdamW), and inference."""
+"""The whole model: one training step (mixup, forward, loss, backward, AdamW), and inference."""
 
 from functools import partial
 
 import torch
 
 from bench.contest import Candidate, Contest
-from bench.models import image_batch, models, trained_like
+from bench.models import image_batch, mix_of, models, trained_like
 from bench.runtimes import runtimes
 from fastvitc import complexity, optimize_for_inference
 from fastvitc.training.optim import create_optimizer
 from fastvitc.training.process import Process
-from fastvitc.training.step import Objective, TrainStep, input_of
+from fastvitc.training.step import Objective, TrainStep
 
 
 def _labels(config, batch_size, device):
     return torch.arange(batch_size, device=device) % config.num_classes
 
 
-def _loss_and_gradient_norm(objective, images, labels):
-    loss = objective(images, labels, None)
+def _training_batch(config, batch_size, device):
+    return (
+        image_batch(config, batch_size, device),
+        _labels(config, batch_size, device),
+        mix_of(config, device),
+    )
+
+
+def _loss_and_gradient_norm(objective, batch):
+    loss = objective(*batch)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters)
     return loss.detach(), torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients]))
@@ -27,40 +35,39 @@ def _loss_and_gradient_norm(objective, images, labels):
 def _truth_of_training(config, batch_size, device):
     model = trained_like(config, backend="reference").to(device)
     objective = Objective(model, dtype=torch.float32, label_smoothing=0.1).to(device)
-    images = image_batch(config, batch_size, device)
-    return _loss_and_gradient_norm(objective, images, _labels(config, batch_size, device))
+    return _loss_and_gradient_norm(objective, _training_batch(config, batch_size, device))
 
 
 def training_step(build, config, batch_size, device, dtype, compile):
     model = build(config).to(device, memory_format=torch.channels_last)
-    images, labels = image_batch(config, batch_size, device), _labels(config, batch_size, device)
+    batch = _training_batch(config, batch_size, device)
     optimizer = create_optimizer(model, "adamw", lr=1e-6, weight_decay=0.0)
     step = TrainStep(
         model, optimizer, Process(0, 1, device), dtype=dtype, label_smoothing=0.1, compile=compile
     )
     return Candidate(
-        run=lambda: step([(images, labels, None)]),
-        tensors=lambda: _loss_and_gradient_norm(step.objective, images, labels),
+        run=lambda: step([batch]),
+        tensors=lambda: _loss_and_gradient_norm(step.objective, batch),
     )
 
 
-def _logits(model, prepare, dtype, images):
+def _logits(model, dtype, images):
     with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        return model(prepare(images))
+        return model(images)
 
 
 def _truth_of_inference(config, batch_size, device):
     model = trained_like(config, backend="reference").to(device).eval()
-    return [_logits(model, input_of(model), torch.float32, image_batch(config, batch_size, device))]
+    return [_logits(model, torch.float32, image_batch(config, batch_size, device))]
 
 
 def _inference(build, config, batch_size, device, dtype, compile):
     model = build(config).to(device, memory_format=torch.channels_last).eval()
     run = torch.compile(_logits, fullgraph=True, dynamic=False) if compile else _logits
-    prepare, images = input_of(model).to(device), image_batch(config, batch_size, device)
+    images = image_batch(config, batch_size, device)
     return Candidate(
-        run=lambda: run(model, prepare, dtype, images),
-        tensors=lambda: [run(model, prepare, dtype, images)],
+        run=lambda: run(model, dtype, images),
+        tensors=lambda: [run(model, dtype, images)],
     )
 
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from bench.contest import Candidate, Contest
 from bench.least import stem_bytes
-from bench.models import MODELS, image_batch, one_block, trained_like
+from bench.models import PEERS, image_batch, mix_of, one_block, trained_like
+from bench.peers import FromPixels
 from fastvitc.kernels import add_layer_norm, attention, availability, bias_gelu, bn_relu
 from fastvitc.models.complexity import block_complexity, stem_complexity
-from fastvitc.training.step import Normalize
 
 
 def _candidate(build, inputs, backward, compile):
@@ -184,18 +184,17 @@ def bias_gelu_contests(name, config, batch_size, device, dtype):
 
 
 class _Tokens(nn.Module):
-    """A stem from a uint8 image to the token tensor; a peer's with normalisation, class token and positions."""
+    """A peer's stem from a uint8 image to the token tensor, with class token and positions."""
 
-    def __init__(self, library, config):
+    def __init__(self, peer, config):
         super().__init__()
         own = trained_like(config)
         self.class_token, self.pos_embed = own.class_token, own.pos_embed
-        self.normalize = Normalize()
-        model = MODELS[library](config)
-        self.stem = model.patch_embed if library == "timm" else model.conv_proj
+        model = PEERS[peer](config)
+        self.stem = FromPixels(model.patch_embed if peer == "timm" else model.conv_proj)
 
-    def forward(self, image):
-        tokens = self.stem(self.normalize(image))
+    def forward(self, image, mix):
+        tokens = self.stem(image, mix)
         if tokens.dim() == 4:  # torchvision leaves them in rows and columns
             tokens = tokens.flatten(2).mT
         return torch.cat([self.class_token.expand(len(image), -1, -1), tokens], 1) + self.pos_embed
@@ -207,8 +206,8 @@ class _OwnTokens(nn.Module):
         own = trained_like(config, backend=backend)
         self.stem, self.class_token, self.pos_embed = own.stem, own.class_token, own.pos_embed
 
-    def forward(self, image):
-        return self.stem(image, self.class_token, self.pos_embed)
+    def forward(self, image, mix):
+        return self.stem(image, self.class_token, self.pos_embed, mix)
 
 
 class _Autocast(nn.Module):
@@ -216,9 +215,9 @@ class _Autocast(nn.Module):
         super().__init__()
         self.module, self.dtype = module.to(memory_format=torch.channels_last), dtype
 
-    def forward(self, x):
+    def forward(self, x, *rest):
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(x)
+            return self.module(x, *rest)
 
 
 def _module(make, device, dtype):
@@ -226,17 +225,17 @@ def _module(make, device, dtype):
 
 
 def stem_contests(name, config, batch_size, device, dtype):
-    """From a uint8 image to tokens with class token and positions."""
+    """From uint8 images, mixed, to tokens with class token and positions."""
     single = one_block(config)
     makes = {f"fastvitc {b}": partial(_OwnTokens, b, single) for b in _own("conv_stem", device)}
-    makes |= {library: partial(_Tokens, library, single) for library in MODELS if library != "fastvitc"}
+    makes |= {peer: partial(_Tokens, peer, single) for peer in PEERS}
     forward, backward_only = stem_bytes(config)
     for backward in (False, True):
         yield _contest(
             f"stem, {name}, batch {batch_size}",
-            {library: partial(_module, make, device, dtype) for library, make in makes.items()},
+            {name: partial(_module, make, device, dtype) for name, make in makes.items()},
             partial(_module, partial(_OwnTokens, "reference", single), device, torch.float32),
-            [image_batch(config, batch_size, device)],
+            [image_batch(config, batch_size, device), mix_of(config, device)],
             backward,
             flops=2 * stem_complexity(config).flops * batch_size * (3 if backward else 1),
             bytes=batch_size * (forward + backward_only * backward),
@@ -246,7 +245,7 @@ def stem_contests(name, config, batch_size, device, dtype):
 
 
 def _block(library, config):
-    model = MODELS[library](config)
+    model = trained_like(config) if library == "fastvitc" else PEERS[library](config)
     return model.encoder.layers[0] if library == "torchvision" else model.blocks[0]
 
 
@@ -261,7 +260,7 @@ def block_contests(name, config, batch_size, device, dtype):
     for backward in (False, True):
         yield _contest(
             f"block, {name}, batch {batch_size}",
-            {k: partial(_module, partial(_block, k, single), device, dtype) for k in MODELS},
+            {k: partial(_module, partial(_block, k, single), device, dtype) for k in ("fastvitc", *PEERS)},
             partial(_module, reference, device, torch.float32),
             [tokens],
             backward,

@@ -45,10 +45,10 @@ class VisionTransformer(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def forward_features(self, image: Tensor) -> Tensor:
-        """Normalised or uint8 image (B, C, H, W), see `ConvStem` → tokens after the final LayerNorm (B, S, width)."""
+    def forward_features(self, image: Tensor, mix: Tensor | None = None) -> Tensor:
+        """Image and mix as `forward` takes them → tokens after the final LayerNorm (B, S, width)."""
         self.check_image(image)
-        x = self.stem(image, self.class_token, self.pos_embed)
+        x = self.stem(image, self.class_token, self.pos_embed, mix)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -56,12 +56,15 @@ class VisionTransformer(nn.Module):
                 x = block(x)
         return self.norm(x)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised or uint8 image (B, C, H, W), see `ConvStem` → logits (B, num_classes).
+    def forward(self, image: Tensor, mix: Tensor | None = None) -> Tensor:
+        """Image (B, C, H, W) → logits (B, num_classes), or without classes pooled features (B, width).
 
-        Without classes: pooled features (B, width).
+        Args:
+            image: normalised floating point, or uint8 of three channels, see `ConvStem`.
+            mix: (5,) float32 or None: mixup or CutMix of the batch with itself rolled by one, see
+                `fastvitc.kernels.Pixels`.
         """
-        x = self.forward_features(image)
+        x = self.forward_features(image, mix)
         return self.head(x[:, 0] if self.config.pool == "token" else x.mean(1))
 
     def check_image(self, image: Tensor) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.process import Process
-from fastvitc.training.step import input_of
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,13 @@ class Evaluation(nn.Module):
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.input = input_of(model)
         self.model = model
         self.dtype = dtype
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """(B, C, H, W) uint8, (B,) int64 → (4,) float64: images, correct, correct in top 5, summed loss."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(self.input(images))
+            logits = self.model(images)
         logits = logits.float()
         real = labels >= 0
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -1,8 +1,8 @@
-"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) on the device, inside the compiled step.
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a batch with itself rolled by one sample.
 
-One batch is mixed with itself rolled by one sample. Both methods are one formula, y = w·x + (1 − w)·roll(x), with w
-constant over the image (mixup) or zero inside a box and one outside (CutMix). A draw is five numbers, so that each
-step runs the same graph.
+A mix is five float32 numbers: the weight w inside a box, and the box's top, bottom, left and right in pixels. Mixup has
+one w for the whole image, CutMix a box with w = 0. So each step runs the same graph; the model's stem mixes, see
+`fastvitc.kernels.Pixels`.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Strengths (alpha of the Beta distribution) of mixup and CutMix; 0 turns one off, with both one is drawn
-    per batch with equal chance."""
+class Mixing:
+    """Strengths (alpha of the Beta distribution) of mixup and CutMix; 0 turns one off. With both, each batch gets one
+    of the two, with equal chance."""
 
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -24,8 +24,8 @@ class Mix:
     def enabled(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
-    def draw(self, image_size: tuple[int, int], seed: tuple[int, ...]) -> Tensor:
-        """(5,) float32: weight inside the box, and its top, bottom, left, right in pixels. A function of the seed."""
+    def sample(self, image_size: tuple[int, int], seed: tuple[int, ...]) -> Tensor:
+        """A mix (5,) float32 for images of (height, width); a function of the seed."""
         height, width = image_size
         rng = np.random.default_rng(seed)
         use_cutmix = self.cutmix > 0 and (self.mixup <= 0 or rng.random() < 0.5)
@@ -39,11 +39,13 @@ class Mix:
         return torch.tensor([0, *rows, *columns], dtype=torch.float32)
 
 
-def mix_images(images: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C, H, W) float and a draw → the mixed images, and the share of the unrolled images, a 0-d tensor."""
-    inside, top, bottom, left, right = draw.unbind()
-    rows = torch.arange(images.shape[2], device=images.device).view(-1, 1)
-    columns = torch.arange(images.shape[3], device=images.device)
-    box = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    weight = torch.where(box, inside, 1.0)
-    return images * weight + images.roll(1, 0) * (1.0 - weight), weight.mean()
+def share_of_own(mix: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """The share of the mixed images that comes from the unrolled ones: the mean of w over the image, a 0-d tensor.
+
+    Args:
+        mix: (5,) float32, its box inside the image.
+        image_size: (height, width).
+    """
+    inside, top, bottom, left, right = mix.unbind()
+    box = (bottom - top) * (right - left) / (image_size[0] * image_size[1])
+    return inside * box + (1.0 - box)

@@ -19,7 +19,7 @@ from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
 from fastvitc.models.vit import VisionTransformer, create_model
 from fastvitc.training.evaluation import Accuracy, Evaluator, precise_batch_norm
 from fastvitc.training.meter import Meter
-from fastvitc.training.mix import Mix
+from fastvitc.training.mix import Mixing
 from fastvitc.training.optim import ModelEma, Schedule, create_optimizer, paper_ema_rate, set_learning_rate
 from fastvitc.training.process import Process
 from fastvitc.training.report import EpochRow, Reporter
@@ -74,7 +74,7 @@ class Run:
             self.model, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.schedule = Schedule(settings.lr, settings.epochs, settings.warmup_epochs)
-        self.mix = Mix(settings.mixup, settings.cutmix)
+        self.mixing = Mixing(settings.mixup, settings.cutmix)
         self.ema = self._ema() if settings.model_ema else None
         self.first_epoch, self.best, self._graphs = 0, -1.0, 0
         if state is not None:
@@ -263,7 +263,7 @@ class Run:
             done = epoch * self.steps + step
             with meter.waiting():
                 group = [
-                    (images, labels, self._draw(done * s.grad_accum_steps + i))
+                    (images, labels, self._mix(done * s.grad_accum_steps + i))
                     for i, (images, labels) in enumerate(islice(batches, s.grad_accum_steps))
                 ]
             lr = self.schedule.at(done / self.steps)
@@ -288,11 +288,11 @@ class Run:
                     reporter.point(done + 1, text, loss=loss, lr=lr, images_per_second=rate)
         return self._finite(meter.mean_loss(), epoch), *meter.rates()
 
-    def _draw(self, batch: int) -> Tensor | None:
-        if not self.mix.enabled:
+    def _mix(self, batch: int) -> Tensor | None:
+        if not self.mixing.enabled:
             return None
-        draw = self.mix.draw(self.model.config.image_size, (self.settings.seed, self.process.rank, batch))
-        return draw.to(self.process.device, non_blocking=True)
+        mix = self.mixing.sample(self.model.config.image_size, (self.settings.seed, self.process.rank, batch))
+        return mix.to(self.process.device, non_blocking=True)
 
     def _finite(self, loss: float, epoch: int) -> float:
         if not math.isfinite(loss):

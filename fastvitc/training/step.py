@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
-from fastvitc.models.vit import VisionTransformer
-from fastvitc.training.mix import mix_images
+from fastvitc.training.mix import share_of_own
 from fastvitc.training.process import Process
 
 
@@ -17,53 +15,30 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-class Normalize(nn.Module):
-    """uint8 images to normalised float32: (x/255 − mean)/std per channel."""
-
-    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
-        super().__init__()
-        self.register_buffer("mean", 255.0 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", 255.0 * torch.tensor(std).view(-1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 → the same shape, float32."""
-        return (images.float() - self.mean) / self.std
-
-
-def input_of(model: nn.Module) -> nn.Module:
-    """What makes the model's input of uint8 images: nothing for ours, whose stem reads them, else `Normalize`."""
-    return nn.Identity() if isinstance(model, VisionTransformer) else Normalize()
-
-
 class Objective(nn.Module):
-    """From a uint8 batch to the training loss, as one graph: normalise, mix, model, cross-entropy.
+    """From a uint8 batch to the training loss, as one graph: the model, which normalises and mixes, and cross-entropy.
 
     Args:
-        model: images to logits.
+        model: called with images and a mix or None, gives logits.
         dtype: of autocast; float32 turns it off.
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
     """
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.normalize, self.input = Normalize(), input_of(model)
         self.model = model
         self.dtype = dtype
         self.label_smoothing = label_smoothing
 
-    def forward(self, images: Tensor, labels: Tensor, draw: Tensor | None) -> Tensor:
-        """images (B, C, H, W) uint8, labels (B,) int64, draw of `Mix` (5,) or None → mean loss, 0-d float32."""
-        share = None
-        if draw is None:
-            x = self.input(images)
-        else:
-            x, share = mix_images(self.normalize(images), draw)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(x)
+    def forward(self, images: Tensor, labels: Tensor, mix: Tensor | None) -> Tensor:
+        """images (B, C, H, W) uint8, labels (B,) int64, mix of `Mixing` (5,) or None → mean loss, 0-d float32."""
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(images, mix)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        if share is None:
+        if mix is None:
             return loss
+        share = share_of_own(mix, images.shape[2:])
         other = F.cross_entropy(logits, labels.roll(1), label_smoothing=self.label_smoothing)
         return share * loss + (1.0 - share) * other
 
@@ -72,7 +47,7 @@ class TrainStep:
     """One optimiser step: forward, backward, clip, update.
 
     Args:
-        model: the model; its parameters get the gradients.
+        model: called with images and a mix or None; its parameters get the gradients.
         optimizer: over the model's parameters.
         process: this process; with several, gradients are averaged over them (BatchNorm statistics are not shared).
         dtype: of autocast; float32 turns it off.
@@ -102,7 +77,7 @@ class TrainStep:
         self._accumulate, self._clip_grad = accumulate, clip_grad
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
-        """`accumulate` triples (images, labels, draw) → their mean loss, a 0-d tensor still on the device."""
+        """`accumulate` triples (images, labels, mix) → their mean loss, a 0-d tensor still on the device."""
         self._model.train()
         total: Tensor | None = None
         for batch in batches:

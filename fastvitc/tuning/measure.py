@@ -68,7 +68,7 @@ def attention_call(setting: Setting, backend: str) -> Call:
 
 
 def conv_stem_call(setting: Setting, backend: str) -> Call:
-    """The stem's module on images as the trainer feeds them, a class token and positions."""
+    """The stem's module on images and a mix as the trainer feeds them, a class token and positions."""
     config, device = setting.config, setting.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -79,15 +79,16 @@ def conv_stem_call(setting: Setting, backend: str) -> Call:
         grad = torch.randn(setting.batch_size, config.tokens, config.width).to(device)
     stem = stem.to(device, memory_format=torch.channels_last).train()
     image = image.to(device, memory_format=torch.channels_last)
+    mix = torch.tensor([0.5, 0, config.image_size[0], 0, config.image_size[1]], device=device)
     pos_embed, class_token = pos_embed.to(device).requires_grad_(), class_token.to(device).requires_grad_()
     leaves = [pos_embed, class_token] if config.pool == "token" else [pos_embed]
     narrow = setting.dtype != torch.float32 and backend != "reference"
 
-    def run(image: Tensor, pos_embed: Tensor, class_token: Tensor | None = None) -> Tensor:
+    def run(image: Tensor, mix: Tensor, pos_embed: Tensor, class_token: Tensor | None = None) -> Tensor:
         with torch.autocast(device.type, setting.dtype, enabled=narrow):
-            return stem(image, class_token, pos_embed)
+            return stem(image, class_token, pos_embed, mix)
 
-    inputs = [image, *leaves]
+    inputs = [image, mix, *leaves]
     return _call(run, inputs, [*leaves, *stem.parameters()], grad, setting.compile and backend != "reference")
 
 

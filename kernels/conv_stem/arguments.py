@@ -91,7 +91,9 @@ class Stem(NamedTuple):
         """The stem with its convolutions in a dtype."""
         return self._replace(layers=self.layers.computing_in(dtype))
 
-    def packed(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int], bool, float, str]:
+    def packed(
+        self,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[int], bool, float, str]:
         """(parameters, running statistics, pixels, strides, paddings, training, eps, group) in an operator's types."""
         convs, gammas, betas, means, variances, *proj, strides, paddings = self.layers
         parameters = [*convs, *gammas, *betas, *proj]

@@ -61,7 +61,9 @@ def _check_tensors(
     image: Tensor, layers: Layers, pixels: Pixels, class_token: Tensor | None, pos_embed: Tensor | None
 ) -> None:
     lists = {
-        f"{name}[{i}]": t for name, tensors in zip(_LISTS, layers, strict=False) for i, t in enumerate(tensors)
+        f"{name}[{i}]": t
+        for name, tensors in zip(_LISTS, layers, strict=False)
+        for i, t in enumerate(tensors)
     }
     ends = {"class_token": class_token, "pos_embed": pos_embed}
     proj = {"proj_weight": layers.proj_weight, "proj_bias": layers.proj_bias}

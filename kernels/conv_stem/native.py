@@ -20,9 +20,7 @@ def channels_last(image: Tensor, pixels: Pixels) -> Tensor:
 
 
 @torch.library.custom_op("fastvitc::native_pixels", mutates_args=())
-def _pixels(
-    image: Tensor, scale: Tensor, shift: Tensor, mix: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _pixels(image: Tensor, scale: Tensor, shift: Tensor, mix: Tensor | None, dtype: torch.dtype) -> Tensor:
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, -1).expand(1, len(scale), 1, -1)
     table = normalized(values, Pixels(scale, shift)).contiguous()
     out = _empty(image, dtype)

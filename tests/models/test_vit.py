@@ -229,6 +229,19 @@ def test_a_uint8_image_is_normalised_by_the_stem(training):
     torch.testing.assert_close(model(image), model((image / 255 - mean) / std), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vitc_nano", "vitp_nano"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_mix_mixes_the_pixels_and_nothing_else(name, dtype):
+    model = randomised(create_model(name, num_classes=3))
+    image = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    normal = (image / 255 - mean) / std
+    expected = normal.clone()
+    expected[:, :, 4:20, 8:] = 0.3 * normal[:, :, 4:20, 8:] + 0.7 * normal.roll(1, 0)[:, :, 4:20, 8:]
+    found = model(image if dtype == torch.uint8 else normal, torch.tensor([0.3, 4, 20, 8, 32]))
+    torch.testing.assert_close(found, model(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_a_uint8_image_of_other_channels_is_refused():
     model = create_model("vitc_nano", in_chans=1)
     with pytest.raises(TypeError, match="uint8 without them"):

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import v2
 
 from fastvitc import VisionTransformer
+from fastvitc.kernels.conv_stem.pixels import mixed
 from fastvitc.models.config import preset
 from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
 from fastvitc.training.evaluation import Accuracy, Evaluator, precise_batch_norm
+from fastvitc.training.mix import Mixing, share_of_own
 from fastvitc.training.process import Process
-from fastvitc.training.step import Normalize, Objective, TrainStep, compiled_graphs
+from fastvitc.training.step import Objective, TrainStep, compiled_graphs
 
 HERE = Process(0, 1, torch.device("cpu"))
 CLASSES = 7
@@ -51,14 +52,9 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_normalize_equals_torchvisions():
-    images = torch.randint(256, (2, 3, 9, 5), dtype=torch.uint8)
-    theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    torch.testing.assert_close(Normalize()(images), theirs(images))
-
-
-def test_normalize_adds_nothing_to_a_state():
-    assert not Normalize().state_dict()
+def normal(images):
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images / 255 - mean) / std
 
 
 def test_two_accumulated_halves_step_like_the_whole_batch():
@@ -131,9 +127,8 @@ class FirstPixel(nn.Module):
         super().__init__()
         self.classes = classes
 
-    def forward(self, x):
-        pixel = (x[:, 0, 0, 0] * 255 * IMAGENET_STD[0] + 255 * IMAGENET_MEAN[0]).round()
-        return -(pixel[:, None] - torch.arange(self.classes)).abs()
+    def forward(self, images):
+        return -(images[:, 0, 0, 0, None] - torch.arange(self.classes)).abs().float()
 
 
 def written(guesses):
@@ -175,7 +170,7 @@ def test_evaluation_agrees_with_a_plain_loop():
     model, batches = small("vitc_nano").eval(), [batch(4), batch(4), batch(3)]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     with torch.no_grad():
-        logits = model(Normalize()(images))
+        logits = model(normal(images))
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     accuracy = evaluator(model, 4)(batches)
     loss = F.cross_entropy(logits, labels).item()
@@ -196,7 +191,7 @@ def test_precise_statistics_are_the_mean_over_batches_in_every_layer():
     means, variances = ([[] for _ in model.stem.norms] for _ in range(2))
     with torch.no_grad():
         for images, _ in batches:
-            x = Normalize()(images)
+            x = normal(images)
             for i, (conv, norm) in enumerate(zip(model.stem.convs, model.stem.norms, strict=True)):
                 x = conv(x)
                 means[i].append(x.mean((0, 2, 3)))
@@ -231,14 +226,27 @@ def test_a_failing_batch_leaves_momentum_and_mode_restored():
     assert not model.stem.training
 
 
+MIX = torch.tensor([0.3, 4, 20, 0, 32])
+
+
+def test_the_model_mixes_the_pixels_of_a_training_step():
+    model, (images, labels) = small("vitc_nano").train(), batch(4)
+    loss = Objective(model, dtype=torch.float32)(images, labels, MIX)
+    logits, share = model(mixed(normal(images), MIX)), share_of_own(MIX, (32, 32))
+    losses = (F.cross_entropy(logits, targets) for targets in (labels, labels.roll(1)))
+    expected = sum(part * loss for part, loss in zip((share, 1 - share), losses, strict=True))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_training_and_evaluation_compile_two_graphs_in_all_and_compute_the_eager_losses():
     torch.compiler.reset()
     before, batches, losses = compiled_graphs(), [triple(4) for _ in range(3)], []
     for compile in (True, False):
         model, curve = small("vitc_nano"), []
         step, evaluate = train_step(model, lr=0.01, compile=compile), evaluator(model, 4, compile=compile)
-        for images, labels, _ in batches:
-            curve.append(step([(images, labels, None)]).item())
+        for i, (images, labels, _) in enumerate(batches):
+            mix = Mixing().sample((32, 32), (i,))
+            curve.append(step([(images, labels, mix)]).item())
             curve.append(evaluate([(images, labels), (images[:3], labels[:3])]).loss)
         losses.append(curve)
     assert compiled_graphs() - before == 2

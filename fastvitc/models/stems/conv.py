@@ -5,16 +5,13 @@ from itertools import pairwise
 from math import prod, sqrt
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvitc.errors import UsageError
-from fastvitc.kernels import Choice, conv_stem, requested
+from fastvitc.kernels import Choice, Layers, conv_stem, requested
 from fastvitc.models.counts import Complexity
-
-#: Channel means and standard deviations of ImageNet in units of a pixel value from 0 to 1.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from fastvitc.models.stems.base import ImageStem
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class StemConfig:
         return total
 
 
-class ConvStem(nn.Module):
+class ConvStem(ImageStem):
     """n 3x3 convolutions, each with BatchNorm and ReLU, and a closing convolution (Xiao et al. 2021, section 4).
 
     The closing convolution has a bias and nothing after it. With a single convolution this is the patchify stem.
@@ -90,7 +87,7 @@ class ConvStem(nn.Module):
     """
 
     def __init__(self, config: StemConfig, in_chans: int = 3, *, backend: Choice = "auto") -> None:
-        super().__init__()
+        super().__init__(in_chans)
         self.config = config
         self.backend = requested("conv_stem", backend)
         pairs = pairwise((in_chans, *config.channels))
@@ -99,10 +96,6 @@ class ConvStem(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.convs)
         io, *size = sizes[-1]
         self.proj = nn.Conv2d(*io, *size)
-        if in_chans == len(IMAGENET_MEAN):
-            mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-            self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
-            self.register_buffer("pixel_shift", -mean / std, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,38 +106,47 @@ class ConvStem(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(
-        self, image: Tensor, class_token: Tensor | None = None, pos_embed: Tensor | None = None
+        self,
+        image: Tensor,
+        class_token: Tensor | None = None,
+        pos_embed: Tensor | None = None,
+        mix: Tensor | None = None,
     ) -> Tensor:
         """(B, in_chans, H, W) → tokens (B, S, width), S = H/stride · W/stride, plus one with a class token.
 
-        The image is floating point and normalised; a uint8 image of three channels is normalised here, with ImageNet's
-        means and deviations: (image/255 − mean)/std.
+        A floating-point image is taken as it is. A uint8 image of three channels is normalised here, with ImageNet's
+        means and deviations: (image/255 − mean)/std. `mix` (5,) float32 mixes the batch with itself rolled by one, see
+        `fastvitc.kernels.Pixels`.
         """
         training, momentum, eps, process_group = self._norm_settings()
-        pixels = image.dtype == torch.uint8
         if training:
             for norm in self.norms:
                 norm.num_batches_tracked.add_(1)
         return conv_stem(
             image,
-            [conv.weight for conv in self.convs],
-            [norm.weight for norm in self.norms],
-            [norm.bias for norm in self.norms],
-            [norm.running_mean for norm in self.norms],
-            [norm.running_var for norm in self.norms],
-            self.proj.weight,
-            self.proj.bias,
+            self.layers(),
             class_token,
             pos_embed,
             training,
             momentum,
             eps,
-            strides=self.config.strides,
-            paddings=self.config.paddings,
-            pixel_scale=getattr(self, "pixel_scale", None) if pixels else None,
-            pixel_shift=getattr(self, "pixel_shift", None) if pixels else None,
+            pixels=self.pixels(image, mix),
             process_group=process_group,
             backend=self.backend,
+        )
+
+    def layers(self) -> Layers:
+        """The parameters, statistics and geometry as `fastvitc.kernels.conv_stem` takes them."""
+        return Layers(
+            conv_weights=[conv.weight for conv in self.convs],
+            bn_weights=[norm.weight for norm in self.norms],
+            bn_biases=[norm.bias for norm in self.norms],
+            running_means=[norm.running_mean for norm in self.norms],
+            running_vars=[norm.running_var for norm in self.norms],
+            proj_weight=self.proj.weight,
+            proj_bias=self.proj.bias,
+            strides=self.config.strides,
+            paddings=self.config.paddings,
         )
 
     def _norm_settings(self) -> tuple[bool, float, float, dist.ProcessGroup | None]:

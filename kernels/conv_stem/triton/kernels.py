@@ -399,7 +399,8 @@ def _conv_bwd_weight_kernel(
         number = rows // (OH * OW)
         tile = _patches(
             x, vectors, mix, M // (OH * OW), number.to(tl.int64) * (H * W * C),
-            rows // OW % OH * S - P, rows % OW * S - P, inside, tap, channel, known, dtype, H, W, C, KW, RELU, INTERPRET,
+            rows // OW % OH * S - P, rows % OW * S - P, inside, tap, channel, known,
+            dtype, H, W, C, KW, RELU, INTERPRET,
         )  # fmt: skip
         valid = inside[:, None] & known_columns[None, :]
         offsets = (rows + (number + 1) * FIRST)[:, None].to(tl.int64) * N + columns[None, :]
