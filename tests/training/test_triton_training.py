@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastvitc import create_model
-from fastvitc.kernels import attention, bn_relu, conv_stem
+from fastvitc.kernels import Layers, attention, bn_relu, conv_stem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -56,14 +56,13 @@ def test_float64_is_refused_before_any_launch():
         torch.zeros(2, 3, 8, 8, dtype=torch.float64, device=DEVICE),
         torch.zeros(4, 3, 4, 4).double(),
     )
+    weight = weight.to(DEVICE)
+    layers = Layers([], [], [], [], [], weight, weight[:, 0, 0, 0], (4,), (0,))
     calls = (
         lambda: attention(qkv, 1, backend="triton"),
         lambda: bn_relu(x, vector, vector, vector, vector, backend="triton"),
-        lambda: conv_stem(
-            image, [], [], [], [], [], weight.to(DEVICE), weight[:, 0, 0, 0].to(DEVICE),
-            strides=(4,), paddings=(0,), backend="triton",
-        ),
-    )  # fmt: skip
+        lambda: conv_stem(image, layers, backend="triton"),
+    )
     for call in calls:
         with pytest.raises(TypeError, match="triton backend takes float32, float16 or bfloat16"):
             call()
