@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvitc.errors import UsageError
-from fastvitc.kernels import Choice, add_layer_norm, attention, bias_gelu, requested, resolve
+from fastvitc.kernels import Choice, add_layer_norm, attention, bias_gelu
+from fastvitc.kernels.choice.backends import parsed, resolve
 
 
 class Attention(nn.Module):
@@ -22,7 +23,7 @@ class Attention(nn.Module):
         if width % heads:
             raise UsageError(f"heads must divide width, got width={width} and heads={heads}")
         self.heads = heads
-        self.backend = requested("attention", backend)
+        self.backend = parsed(backend)["attention"]
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.qkv.weight)
@@ -45,7 +46,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, backend: Choice = "auto") -> None:
         super().__init__()
-        self.backend = requested("bias_gelu", backend)
+        self.backend = parsed(backend)["bias_gelu"]
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         for layer in (self.fc1, self.fc2):
@@ -90,11 +91,12 @@ class Block(nn.Module):
         self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0, *, backend: Choice = "auto"
     ) -> None:
         super().__init__()
-        self.backend = requested("add_layer_norm", backend)
+        backends = parsed(backend)
+        self.backend = backends["add_layer_norm"]
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads, backend=backend)
+        self.attn = Attention(width, heads, backend=backends)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, mlp_width, backend=backend)
+        self.mlp = Mlp(width, mlp_width, backend=backends)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

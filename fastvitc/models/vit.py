@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvitc.kernels import Choice
+from fastvitc.kernels.choice.backends import parsed
 from fastvitc.models.config import ViTConfig, as_size, preset
 from fastvitc.models.encoder import Block
 
@@ -31,12 +32,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpointing = grad_checkpointing
-        self.stem = config.stem.build(config.in_chans, backend=backend)
+        backends = parsed(backend)
+        self.stem = config.stem.build(config.in_chans, backend=backends)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.pool == "token" else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.mlp_width, rate, backend=backend) for rate in rates
+            Block(config.width, config.heads, config.mlp_width, rate, backend=backends) for rate in rates
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.num_classes) if config.num_classes else nn.Identity()

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from fastvitc.kernels import cpu_flags, cpu_name
+from fastvitc.kernels.cpu.cpuinfo import cpu_flags, cpu_name
 
 #: Dense bfloat16 and float16 peaks in floating-point operations (a multiply-add is two) per second, vendor data sheets,
 #: by the device's own name.

@@ -5,12 +5,21 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fastvitc.errors import FastvitcError
-from fastvitc.kernels import Choice, Measured, candidates, measured, record, requested
+from fastvitc.kernels import Choice, Measured, availability, measured, record
+from fastvitc.kernels.choice.backends import parsed
 from fastvitc.tuning.measure import CALLS, Result, Setting, compare
 
 #: Of backends whose times differ by no more than this share, the one that comes first in the op's order is taken.
 TIE = 0.02
 ROUNDS = 15
+
+
+def candidates(device: torch.device) -> dict[str, list[str]]:
+    """{op: the backends to choose among on the device, the preferred ones first}; the reference is none of them."""
+    return {
+        op: [name for name, reason in backends.items() if reason is None and name != "reference"]
+        for op, backends in availability(device).items()
+    }
 
 
 def measures_at_start(device: torch.device) -> bool:
@@ -20,9 +29,9 @@ def measures_at_start(device: torch.device) -> bool:
 
 def unmeasured(device: torch.device, dtype: torch.dtype, backend: Choice) -> bool:
     """Whether auto is asked for an op with several candidates, of which one at least was never measured here."""
-    known = measured(device, dtype)
+    known, asked = measured(device, dtype), parsed(backend)
     return any(
-        requested(op, backend) == "auto"
+        asked[op] == "auto"
         and len(names) > 1
         and not (op in known and known[op].milliseconds.keys() >= set(names))
         for op, names in candidates(device).items()

@@ -12,8 +12,8 @@ from fastvitc.kernels.cpu.build import no_native
 _BACKENDS = Backends(
     op="add_layer_norm",
     order={"cpu": ("native", "torch", "reference"), "default": ("torch", "reference")},
-    rooms={"torch": "library", "native": "native", "reference": "reference"},
-    obstacle={"native": no_native},
+    modules={"torch": "library", "native": "native", "reference": "reference"},
+    unavailable={"native": no_native},
 )
 
 
@@ -88,7 +88,7 @@ def _forward(
     """(total, empty without a branch; the normalised in `dtype`; mean and 1/sqrt(var + eps) of each row (..., 2))."""
     with torch.autocast(x.device.type, enabled=False):
         branch = None if branch is None else branch.contiguous()
-        return _BACKENDS.room(backend).forward(x.contiguous(), branch, weight, bias, eps, dtype)
+        return _BACKENDS.module(backend).forward(x.contiguous(), branch, weight, bias, eps, dtype)
 
 
 @_forward.register_fake
@@ -111,7 +111,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dbranch where its dtype is another, else empty, dweight, dbias)."""
     dtotal = None if dtotal is None else dtotal.contiguous()
-    return _BACKENDS.room(backend).backward(
+    return _BACKENDS.module(backend).backward(
         dtotal, dy.contiguous(), total.contiguous(), moments, weight, bias, branch_dtype
     )
 

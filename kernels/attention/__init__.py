@@ -1,22 +1,17 @@
 """Multi-head self-attention on the packed projection."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from fastvitc.kernels.attention import library
-from fastvitc.kernels.choice.backends import (
-    Backends,
-    BackendUnavailable,
-    Choice,
-    no_triton,
-    requested,
-    resolve,
-)
+from fastvitc.kernels.choice.backends import Backends, Choice, resolve
 from fastvitc.kernels.choice.checks import check_dtype, check_floating
 from fastvitc.kernels.choice.dtypes import accumulation_dtype, autocast
 from fastvitc.kernels.cpu.build import no_native
+from fastvitc.kernels.gpu import no_triton
 
 
 def _no_xformers(device_type: str) -> str | None:
@@ -26,26 +21,45 @@ def _no_xformers(device_type: str) -> str | None:
     return None if device_type == "cuda" else "xFormers' attention needs a GPU"
 
 
+def _refused_by_xformers(_: str, dtype: torch.dtype, head_dim: int, gradient: bool) -> str | None:
+    fits = dtype != torch.float64 and head_dim * dtype.itemsize % 16 == 0
+    return None if fits else f"xFormers does not take {dtype} with heads of {head_dim}"
+
+
+def _refused_by_triton(_: str, dtype: torch.dtype, head_dim: int, gradient: bool) -> str | None:
+    return None if head_dim <= 128 else f"the Triton kernels take heads of up to 128, not {head_dim}"
+
+
+def _refused_by_library(backend: str) -> Callable[..., str | None]:
+    """The refusals of the one kernel of PyTorch's that a backend is."""
+    return lambda *traits: library.unfit(backend, *traits)
+
+
 _BACKENDS = Backends(
     op="attention",
     order={
         "cpu": ("native", "torch", "flash", "triton", "reference"),
         "default": ("torch", "flash", "efficient", "cudnn", "xformers", "triton", "reference"),
     },
-    rooms={
+    modules={
         **dict.fromkeys(library.KERNELS, "library"),
         "xformers": "xformers",
         "triton": "triton",
         "native": "native",
         "reference": "reference",
     },
-    obstacle={
+    unavailable={
         "flash": library.no_flash,
         "efficient": library.no_efficient,
         "cudnn": library.no_cudnn,
         "xformers": _no_xformers,
         "triton": no_triton,
         "native": no_native,
+    },
+    refuses={
+        **{name: _refused_by_library(name) for name, kernel in library.KERNELS.items() if kernel is not None},
+        "xformers": _refused_by_xformers,
+        "triton": _refused_by_triton,
     },
 )
 
@@ -92,39 +106,18 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if scale is None:
         scale = head_dim**-0.5
-    name = resolve("attention", backend, qkv.device.type, qkv.dtype)
+    gradient = torch.is_grad_enabled() and qkv.requires_grad
+    name = resolve("attention", backend, qkv.device.type, qkv.dtype, traits=(head_dim, gradient))
     check_dtype("attention", name, qkv.dtype)
-    if name in ("xformers", "triton") or library.KERNELS.get(name) is not None:
-        gradient = torch.is_grad_enabled() and qkv.requires_grad
-        name = _fitting(name, backend, qkv.device.type, qkv.dtype, head_dim, gradient)
     if name in library.KERNELS:
         return library.attention(qkv, num_heads, scale, name)
     return _forward(qkv, num_heads, scale, name)[0]
 
 
-@torch.compiler.assume_constant_result
-def _fitting(
-    name: str, backend: Choice, device_type: str, dtype: torch.dtype, head_dim: int, gradient: bool
-) -> str:
-    """The backend `name` where it takes the input; else torch if auto chose, BackendUnavailable if the caller did."""
-    if name == "xformers":
-        fits = dtype != torch.float64 and head_dim * dtype.itemsize % 16 == 0
-        reason = None if fits else f"xFormers does not take {dtype} with heads of {head_dim}"
-    elif name == "triton":
-        reason = None if head_dim <= 128 else f"the Triton kernels take heads of up to 128, not {head_dim}"
-    else:
-        reason = library.unfit(name, device_type, dtype, head_dim, gradient)
-    if reason is None:
-        return name
-    if requested("attention", backend) == "auto":
-        return "torch"
-    raise BackendUnavailable(f"attention: backend {name!r} cannot run: {reason}; use the backend torch")
-
-
 @torch.library.custom_op("fastvitc::attention", mutates_args=())
 def _forward(qkv: Tensor, num_heads: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
-        return _BACKENDS.room(backend).forward(qkv.contiguous(), num_heads, scale)
+        return _BACKENDS.module(backend).forward(qkv.contiguous(), num_heads, scale)
 
 
 @_forward.register_fake
@@ -139,7 +132,7 @@ def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, backend: str
 ) -> Tensor:
     with torch.autocast(qkv.device.type, enabled=False):
-        return _BACKENDS.room(backend).backward(dout, qkv.contiguous(), out, lse, num_heads, scale)
+        return _BACKENDS.module(backend).backward(dout, qkv.contiguous(), out, lse, num_heads, scale)
 
 
 @_backward.register_fake

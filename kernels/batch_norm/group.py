@@ -8,10 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from fastvitc.kernels.choice.backends import BackendUnavailable, Choice, no_triton, requested, resolve
-
-_SHARING = ("triton", "reference")  # backends that share statistics
-
 
 @torch.compiler.assume_constant_result
 def group_name(process_group: dist.ProcessGroup | None) -> str:
@@ -23,21 +19,6 @@ def group_name(process_group: dist.ProcessGroup | None) -> str:
 def group_size(group: str) -> int:
     """How many processes the group has."""
     return dist.get_world_size(_resolve_process_group(group)) if group else 1
-
-
-@torch.compiler.assume_constant_result
-def synchronizing(op: str, backend: Choice, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The backend that a request takes where statistics are shared: `auto` passes over those that cannot."""
-    if requested(op, backend) not in ("auto", *_SHARING):
-        raise BackendUnavailable(
-            f"{op}: backend {requested(op, backend)!r} does not share statistics over processes; usable: auto, "
-            f"{', '.join(_SHARING)}"
-        )
-    name = resolve(op, backend, device_type, dtype)
-    if name in _SHARING:
-        return name
-    exact = dtype == torch.float64
-    return "reference" if exact or no_triton(device_type) else "triton"
 
 
 def merged_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from fastvitc.kernels.cpu.build import no_native
 _BACKENDS = Backends(
     op="bias_gelu",
     order={"cpu": ("native", "torch", "reference"), "default": ("torch", "reference")},
-    rooms={"torch": "library", "native": "native", "reference": "reference"},
-    obstacle={"native": no_native},
+    modules={"torch": "library", "native": "native", "reference": "reference"},
+    unavailable={"native": no_native},
 )
 
 
@@ -55,7 +55,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: Choice = "auto") -> Tensor:
 
 @torch.library.custom_op("fastvitc::bias_gelu", mutates_args=())
 def _forward(x: Tensor, bias: Tensor, backend: str) -> Tensor:
-    return _BACKENDS.room(backend).forward(x.contiguous(), bias)
+    return _BACKENDS.module(backend).forward(x.contiguous(), bias)
 
 
 @_forward.register_fake
@@ -65,7 +65,7 @@ def _(x, bias, backend):
 
 @torch.library.custom_op("fastvitc::bias_gelu_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _BACKENDS.room(backend).backward(dy.contiguous(), x.contiguous(), bias)
+    return _BACKENDS.module(backend).backward(dy.contiguous(), x.contiguous(), bias)
 
 
 @_backward.register_fake

@@ -5,12 +5,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastvitc.kernels.batch_norm.formulas import update_running
-from fastvitc.kernels.batch_norm.group import group_name, group_size, synchronizing
+from fastvitc.kernels.batch_norm.group import group_name, group_size
 from fastvitc.kernels.bn_relu import library
-from fastvitc.kernels.choice.backends import Backends, Choice, no_triton, resolve
+from fastvitc.kernels.choice.backends import Backends, Choice, resolve
 from fastvitc.kernels.choice.checks import check_device, check_dtype, check_floating
 from fastvitc.kernels.choice.dtypes import accumulation_dtype
 from fastvitc.kernels.cpu.build import no_native
+from fastvitc.kernels.gpu import no_triton
 
 _BACKENDS = Backends(
     op="bn_relu",
@@ -18,8 +19,9 @@ _BACKENDS = Backends(
         "cpu": ("native", "torch", "triton", "reference"),
         "default": ("torch", "triton", "reference"),
     },
-    rooms={"torch": "library", "triton": "triton", "native": "native", "reference": "reference"},
-    obstacle={"triton": no_triton, "native": no_native},
+    modules={"torch": "library", "triton": "triton", "native": "native", "reference": "reference"},
+    unavailable={"triton": no_triton, "native": no_native},
+    sharing=("triton", "reference"),
 )
 
 
@@ -80,7 +82,7 @@ def bn_relu(
     if training and count < 2:
         raise ValueError(f"bn_relu: training needs more than one value per channel, got x {tuple(x.shape)}")
     group = group_name(process_group) if training else ""
-    backend = (synchronizing if group else resolve)("bn_relu", backend, x.device.type, x.dtype)
+    backend = resolve("bn_relu", backend, x.device.type, x.dtype, bool(group))
     check_dtype("bn_relu", backend, x.dtype)
     if backend == "torch":
         return library.bn_relu(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -103,7 +105,7 @@ def _forward(
     group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, vectors = _BACKENDS.room(backend).forward(
+    y, vectors = _BACKENDS.module(backend).forward(
         x, running_mean, running_var, weight, bias, training, eps, group
     )
     return y, vectors.to(accumulation_dtype(x.dtype))
@@ -126,7 +128,7 @@ def _backward(
     group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _BACKENDS.room(backend).backward(dy, x, vectors, training, eps, group)
+    dx, dweight, dbias = _BACKENDS.module(backend).backward(dy, x, vectors, training, eps, group)
     dx = dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
     return dx, _like(dweight, weight), _like(dbias, bias)
 

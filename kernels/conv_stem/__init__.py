@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastvitc.kernels.batch_norm.formulas import update_running
-from fastvitc.kernels.batch_norm.group import group_name, group_size, synchronizing
-from fastvitc.kernels.choice.backends import Backends, Choice, no_triton, resolve
+from fastvitc.kernels.batch_norm.group import group_name, group_size
+from fastvitc.kernels.choice.backends import Backends, Choice, resolve
 from fastvitc.kernels.choice.checks import check_dtype
 from fastvitc.kernels.choice.dtypes import accumulation_dtype, autocast, autocast_dtype
 from fastvitc.kernels.conv_stem import composed, library
@@ -14,6 +14,7 @@ from fastvitc.kernels.conv_stem.arguments import Layers, Pixels, Stem
 from fastvitc.kernels.conv_stem.checks import check
 from fastvitc.kernels.conv_stem.pixels import mixed
 from fastvitc.kernels.cpu.build import no_native
+from fastvitc.kernels.gpu import no_triton
 
 _BACKENDS = Backends(
     op="conv_stem",
@@ -21,14 +22,15 @@ _BACKENDS = Backends(
         "cpu": ("native", "torch", "triton", "bn_relu", "reference"),
         "default": ("torch", "triton", "bn_relu", "reference"),
     },
-    rooms={
+    modules={
         "torch": "library",
         "triton": "triton.stem",
         "bn_relu": "composed",
         "native": "composed",
         "reference": "reference",
     },
-    obstacle={"triton": no_triton, "bn_relu": no_triton, "native": no_native},
+    unavailable={"triton": no_triton, "bn_relu": no_triton, "native": no_native},
+    sharing=("triton", "reference"),
 )
 #: Backends that are sequences of ops, left open to autograd and torch.compile.
 _SEQUENCES = {
@@ -104,7 +106,7 @@ def conv_stem(
     group = group_name(process_group) if training else ""
     stem = Stem(layers, Pixels(scale, shift, mix), training, eps, group)
     dtype = autocast_dtype(layers.proj_weight)
-    backend = (synchronizing if group else resolve)("conv_stem", backend, image.device.type, dtype)
+    backend = resolve("conv_stem", backend, image.device.type, dtype, bool(group))
     for tensor_dtype in (dtype, *(t.dtype for t in (class_token, pos_embed) if t is not None)):
         check_dtype("conv_stem", backend, tensor_dtype)
     if backend in _SEQUENCES:
@@ -151,7 +153,7 @@ def _forward(
     The weights are cast in here, so that no copy of them is kept for the backward pass.
     """
     stem = Stem.unpacked(parameters, running, pixels, strides, paddings, training, eps, group)
-    module = _BACKENDS.room(backend)
+    module = _BACKENDS.module(backend)
     with torch.autocast(image.device.type, enabled=False):
         if not training and not keep:
             return module.infer(image, stem, class_token, pos_embed, dtype).contiguous(), [], []
@@ -204,7 +206,7 @@ def _backward(
         return dimage, [torch.zeros_like(p) for p in parameters], dpos_embed
     stem = Stem.unpacked(parameters, [], pixels, strides, paddings, training, eps, group)
     with torch.autocast(image.device.type, enabled=False):
-        dimage, dparameters, dpos_embed = _BACKENDS.room(backend).backward(
+        dimage, dparameters, dpos_embed = _BACKENDS.module(backend).backward(
             dtokens, image, stem.computing_in(dtype), zs, vectors, has_class_token, need_dimage
         )
     dparameters = [_laid_out_as(d, p) for d, p in zip(dparameters, parameters, strict=True)]

@@ -11,13 +11,13 @@ from fastvitc.kernels import (
     BackendUnavailable,
     Measured,
     attention,
-    candidates,
+    availability,
     chosen,
     measured,
     record,
-    requested,
 )
 from fastvitc.kernels.choice import measured as measured_choices
+from fastvitc.kernels.choice.backends import parsed
 
 CPU = torch.device("cpu")
 FLASH = Measured(
@@ -40,8 +40,7 @@ def rewrite(change):
 
 def test_without_a_measurement_auto_takes_the_first_of_the_order():
     assert chosen() == dict.fromkeys(chosen(), "native")
-    assert candidates()["attention"][:3] == ["native", "torch", "flash"]
-    assert "reference" not in {name for names in candidates().values() for name in names}
+    assert list(availability()["attention"])[:3] == ["native", "torch", "flash"]
 
 
 def test_a_measurement_comes_back_and_auto_takes_it(cache):
@@ -191,7 +190,10 @@ def test_the_compiled_op_takes_the_measured_backend_as_a_constant():
     ],
 )
 def test_a_choice_is_one_name_or_a_name_per_op(choice, names):
-    assert (requested("attention", choice), requested("conv_stem", choice)) == names
+    found = parsed(choice)
+    assert (found["attention"], found["conv_stem"]) == names
+    assert found.keys() == availability().keys()
+    assert parsed(found) == found
 
 
 @pytest.mark.parametrize(

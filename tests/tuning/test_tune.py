@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastvitc.errors import FastvitcError, UsageError
-from fastvitc.kernels import Measured, candidates, chosen, measured, record
+from fastvitc.kernels import Measured, chosen, measured, record
 from fastvitc.kernels.attention import _BACKENDS, library
 from fastvitc.kernels.conv_stem import _BACKENDS as conv_stem_backends
 from fastvitc.kernels.cpu import build
@@ -31,11 +31,11 @@ SMALL = Setting("small", CONFIG, 4, torch.float32, CPU, compile=False)
 def two(monkeypatch):
     """Two candidates of attention and one of the stem: without Triton's interpreter, which is slow."""
     for backends in (_BACKENDS, conv_stem_backends):
-        for name in backends.obstacle.keys() & {"triton", "bn_relu"}:
-            monkeypatch.setitem(backends.obstacle, name, lambda device_type: "not in this test")
+        for name in backends.unavailable.keys() & {"triton", "bn_relu"}:
+            monkeypatch.setitem(backends.unavailable, name, lambda device_type: "not in this test")
     monkeypatch.setattr(build, "_obstacle", lambda: "not in this test")
     one = {op: ["torch"] for op in ("add_layer_norm", "bias_gelu", "conv_stem")}
-    assert candidates() == {"attention": ["torch", "flash"], "bn_relu": ANY, **one}
+    assert tune.candidates(CPU) == {"attention": ["torch", "flash"], "bn_relu": ANY, **one}
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def results_of(monkeypatch, times):
 @pytest.mark.parametrize("op", ["attention", "conv_stem"])
 def test_every_candidate_gives_the_references_tensors_and_a_time(op, pool, dtype):
     setting = replace(SMALL, dtype=dtype, config=replace(CONFIG, pool=pool))
-    names = candidates()[op]
+    names = tune.candidates(CPU)[op]
     results = compare(setting, op, names, rounds=1)
     assert [r.backend for r in results] == names
     for r in results:
@@ -86,7 +86,7 @@ def test_the_calls_return_the_output_and_every_gradient():
 
 
 def test_compiled_candidates_are_measured_as_one_graph_each(two):
-    results = compare(replace(SMALL, compile=True), "attention", candidates()["attention"], rounds=1)
+    results = compare(replace(SMALL, compile=True), "attention", tune.candidates(CPU)["attention"], rounds=1)
     assert [(r.backend, r.reason) for r in results] == [("torch", None), ("flash", None)]
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvitc.errors import UsageError
-from fastvitc.kernels import Choice, Layers, conv_stem, requested
+from fastvitc.kernels import Choice, Layers, conv_stem
+from fastvitc.kernels.choice.backends import parsed
 from fastvitc.models.counts import Complexity
 from fastvitc.models.stems.base import ImageStem
 
@@ -89,7 +90,7 @@ class ConvStem(ImageStem):
     def __init__(self, config: StemConfig, in_chans: int = 3, *, backend: Choice = "auto") -> None:
         super().__init__(in_chans)
         self.config = config
-        self.backend = requested("conv_stem", backend)
+        self.backend = parsed(backend)["conv_stem"]
         pairs = pairwise((in_chans, *config.channels))
         sizes = list(zip(pairs, config.kernels, config.strides, config.paddings, strict=True))
         self.convs = nn.ModuleList(nn.Conv2d(*io, *size, bias=False) for io, *size in sizes[:-1])

@@ -1,4 +1,4 @@
-"""The room `xformers` against a stand-in for xFormers' two functions with their layouts and checks."""
+"""The backend `xformers` against a stand-in for xFormers' two functions with their layouts and checks."""
 
 import sys
 from importlib import import_module
@@ -11,7 +11,7 @@ from oracle import outputs_and_gradients
 from fastvitc.kernels import BackendUnavailable, attention
 from fastvitc.kernels.attention import _BACKENDS
 
-ROOM = "fastvitc.kernels.attention.xformers"
+MODULE = "fastvitc.kernels.attention.xformers"
 
 
 class Fmha(ModuleType):
@@ -62,10 +62,10 @@ def fmha(monkeypatch):
     ops.fmha = fake
     for name, module in {"xformers": package, "xformers.ops": ops, "xformers.ops.fmha": fake}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, ROOM, raising=False)
-    monkeypatch.setitem(_BACKENDS.obstacle, "xformers", lambda device_type: None)
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    monkeypatch.setitem(_BACKENDS.unavailable, "xformers", lambda device_type: None)
     yield fake
-    sys.modules.pop(ROOM, None)
+    sys.modules.pop(MODULE, None)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -83,13 +83,13 @@ def test_values_and_gradients_equal_the_references(fmha, shared, tokens, scale):
 
 
 def test_it_reads_the_packed_projection_in_place_and_copies_no_packed_gradient(fmha):
-    room = import_module(ROOM)
+    module = import_module(MODULE)
     qkv, dout = torch.randn(2, 5, 3 * 32), torch.randn(1, 1, 32).expand(2, 5, 32)
-    out, lse = room.forward(qkv, 2, 0.25)
+    out, lse = module.forward(qkv, 2, 0.25)
     assert out.shape == (2, 5, 32)
     assert lse.shape == (2, 2, 5)
     assert all(t.is_contiguous() for t in (out, lse))
-    dqkv = room.backward(dout, qkv, out, lse, 2, 0.25)
+    dqkv = module.backward(dout, qkv, out, lse, 2, 0.25)
     assert fmha.seen == [{qkv.data_ptr()}] * 2
     assert dqkv.data_ptr() == fmha.packed.data_ptr()
     assert dqkv.is_contiguous()
