@@ -22,6 +22,7 @@ from bench.aot import LIMITS, Kernel, compiled
 from fastvitc.kernels import Pixels
 from fastvitc.kernels.attention import triton as attention
 from fastvitc.kernels.bn_relu import triton as bn_relu
+from fastvitc.kernels.bn_relu.arguments import Norm
 from fastvitc.kernels.conv_stem.arguments import Stem
 from fastvitc.kernels.conv_stem.triton import stem as conv_stem
 from fastvitc.models.config import ViTConfig, preset
@@ -40,8 +41,8 @@ def _attention(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> No
 
 def _bn_relu(channels: int, side: int, dtype: torch.dtype) -> None:
     x = torch.empty(_BATCH, side, side, channels, dtype=dtype, device="meta").permute(0, 3, 1, 2)
-    mean, var, weight, bias = (torch.empty(channels, device="meta") for _ in range(4))
-    y, vectors = bn_relu.forward(x, mean, var, weight, bias, True, 1e-5, "")
+    norm = Norm(*(torch.empty(channels, device="meta") for _ in range(4)), True, 1e-5, "")
+    y, vectors = bn_relu.forward(x, norm)
     bn_relu.backward(torch.empty_like(y), x, vectors, True, 1e-5, "")
 
 

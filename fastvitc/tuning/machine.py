@@ -5,7 +5,6 @@ import platform
 import shutil
 import statistics
 import sysconfig
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Literal
 import torch
 
 from fastvitc.kernels.cpu.cpuinfo import cpu_flags, cpu_name
+from fastvitc.tuning.clock import seconds
 
 #: Dense bfloat16 and float16 peaks in floating-point operations (a multiply-add is two) per second, vendor data sheets,
 #: by the device's own name.
@@ -70,31 +70,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+def _median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
     call()
-    times = []
-    for _ in range(rounds):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds(call, device) for _ in range(rounds))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 5) -> float:
     """Measured floating-point operations per second of one large matrix product (a multiply-add is two)."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device, rounds)
+    return 2 * size**3 / _median_seconds(lambda: a @ b, device, rounds)
 
 
 def copy_peak(device: torch.device, megabytes: int = 256, rounds: int = 5) -> float:
     """Measured bytes per second of one large copy, read and write counted."""
     source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, rounds)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device, rounds)
 
 
 def flops_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

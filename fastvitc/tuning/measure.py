@@ -2,7 +2,6 @@
 
 import statistics
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastvitc.errors import FastvitcError
 from fastvitc.kernels import attention
 from fastvitc.models.config import ViTConfig
+from fastvitc.tuning.clock import seconds
 
 #: Forward and backward: the output and the gradients.
 Call = Callable[[], Sequence[Tensor]]
@@ -149,8 +149,8 @@ def compare(setting: Setting, op: str, backends: Sequence[str], rounds: int) -> 
         raise FastvitcError(
             f"{op}: timing failed at batch {setting.batch_size}: {_line(error)}; take a smaller --batch-size"
         ) from error
-    for backend, seconds in times.items():
-        results[backend] = Result(backend, milliseconds=1e3 * seconds, error=results[backend].error)
+    for backend, duration in times.items():
+        results[backend] = Result(backend, milliseconds=1e3 * duration, error=results[backend].error)
     torch.compiler.reset()
     return list(results.values())
 
@@ -180,25 +180,10 @@ def _time(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[
     """Median seconds of each call; passes alternate, so that a drift of the machine meets all."""
     repeats = {}
     for name, call in calls.items():
-        _seconds(call, device, 1)  # the first after the check may still grow the allocator's pool
-        repeats[name] = max(1, round(_PASS_SECONDS / _seconds(call, device, 1)))
+        seconds(call, device, 1)  # the first after the check may still grow the allocator's pool
+        repeats[name] = max(1, round(_PASS_SECONDS / seconds(call, device, 1)))
     passes: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            passes[name].append(_seconds(call, device, repeats[name]))
+            passes[name].append(seconds(call, device, repeats[name]))
     return {name: statistics.median(times) for name, times in passes.items()}
-
-
-def _seconds(call: Call, device: torch.device, repeats: int) -> float:
-    """Seconds of one call, the mean of `repeats` in a row."""
-    _synchronise(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _synchronise(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

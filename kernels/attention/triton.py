@@ -81,6 +81,16 @@ def _put(base, x, rows, columns, stride, T, D: tl.constexpr, INTERPRET: tl.const
 
 
 @triton.jit
+def _head(index, lse, T, N, D: tl.constexpr, BD: tl.constexpr):
+    """Of a head, the index-th of all images: its offsets in qkv and in out, its lse, the width of a token, columns."""
+    image, head = (index // N).to(tl.int64), index % N
+    width = N * D
+    packed = image * T * 3 * width + head * D
+    plain = image * T * width + head * D
+    return packed, plain, lse + (image * N + head) * T, width, tl.arange(0, BD)
+
+
+@triton.jit
 def _attention_fwd_kernel(
     qkv,  # (B, T, 3, N, D)
     out,  # (B, T, N, D)
@@ -96,12 +106,10 @@ def _attention_fwd_kernel(
 ):
     # One axis: the others end at 65535 programs.
     blocks = tl.cdiv(T, BM)
-    image, head = tl.program_id(0) // blocks // N, tl.program_id(0) // blocks % N
+    packed, plain, lse_base, width, columns = _head(tl.program_id(0) // blocks, lse, T, N, D, BD)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    width = N * D
-    q_base = qkv + image.to(tl.int64) * T * 3 * width + head * D
+    q_base = qkv + packed
     rows = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    columns = tl.arange(0, BD)
     q = _tile(q_base, rows, columns, 3 * width, T, D, INTERPRET)  # (BM, BD)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -118,9 +126,7 @@ def _attention_fwd_kernel(
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(rounded(p, dtype, INTERPRET), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
-    out_base = out + image.to(tl.int64) * T * width + head * D
-    _put(out_base, acc / total[:, None], rows, columns, width, T, D, INTERPRET)
-    lse_base = lse + (image.to(tl.int64) * N + head) * T
+    _put(out + plain, acc / total[:, None], rows, columns, width, T, D, INTERPRET)
     tl.store(lse_base + rows, (top + tl.log2(total)) / LOG2E, mask=rows < T)
 
 
@@ -142,13 +148,8 @@ def _attention_bwd_kernel(
     INTERPRET: tl.constexpr,
 ):
     blocks = key_blocks + tl.cdiv(T, BM)
-    image, head = tl.program_id(0) // blocks // N, tl.program_id(0) // blocks % N
+    packed, plain, lse_base, width, columns = _head(tl.program_id(0) // blocks, lse, T, N, D, BD)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    width = N * D
-    packed = image.to(tl.int64) * T * 3 * width + head * D
-    plain = image.to(tl.int64) * T * width + head * D
-    lse_base = lse + (image.to(tl.int64) * N + head) * T
-    columns = tl.arange(0, BD)
     block = tl.program_id(0) % blocks
     if block < key_blocks:
         keys = block * BN + tl.arange(0, BN)
@@ -210,13 +211,8 @@ def _attention_bwd_resident_kernel(
     BN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    image, head = tl.program_id(0) // N, tl.program_id(0) % N
+    packed, plain, lse_base, width, columns = _head(tl.program_id(0), lse, T, N, D, BD)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    width = N * D
-    packed = image.to(tl.int64) * T * 3 * width + head * D
-    plain = image.to(tl.int64) * T * width + head * D
-    lse_base = lse + (image.to(tl.int64) * N + head) * T
-    columns = tl.arange(0, BD)
     keys = tl.arange(0, BN)
     k = _tile(qkv + packed + width, keys, columns, 3 * width, T, D, INTERPRET)  # (BN, BD)
     v = _tile(qkv + packed + 2 * width, keys, columns, 3 * width, T, D, INTERPRET)

@@ -7,9 +7,11 @@ from torch.distributed import ProcessGroup
 from fastvitc.kernels.batch_norm.formulas import update_running
 from fastvitc.kernels.batch_norm.group import group_name, group_size
 from fastvitc.kernels.bn_relu import library
+from fastvitc.kernels.bn_relu.arguments import Norm
 from fastvitc.kernels.choice.backends import Backends, Choice, resolve
 from fastvitc.kernels.choice.checks import check_device, check_dtype, check_floating
 from fastvitc.kernels.choice.dtypes import accumulation_dtype
+from fastvitc.kernels.choice.layout import copied_as, laid_out_as
 from fastvitc.kernels.cpu.build import no_native
 from fastvitc.kernels.gpu import no_triton
 
@@ -82,11 +84,12 @@ def bn_relu(
     if training and count < 2:
         raise ValueError(f"bn_relu: training needs more than one value per channel, got x {tuple(x.shape)}")
     group = group_name(process_group) if training else ""
+    norm = Norm(running_mean, running_var, weight, bias, training, eps, group)
     backend = resolve("bn_relu", backend, x.device.type, x.dtype, bool(group))
     check_dtype("bn_relu", backend, x.dtype)
     if backend == "torch":
-        return library.bn_relu(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    y, vectors = _forward(x, running_mean, running_var, weight, bias, training, eps, group, backend)
+        return library.bn_relu(x, norm, momentum)
+    y, vectors = _forward(x, *norm, backend)
     if training:
         with torch.no_grad():
             update_running(running_mean, running_var, vectors, count * group_size(group), momentum)
@@ -105,14 +108,13 @@ def _forward(
     group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, vectors = _BACKENDS.module(backend).forward(
-        x, running_mean, running_var, weight, bias, training, eps, group
-    )
+    norm = Norm(running_mean, running_var, weight, bias, training, eps, group)
+    y, vectors = _BACKENDS.module(backend).forward(x, norm)
     return y, vectors.to(accumulation_dtype(x.dtype))
 
 
 @_forward.register_fake
-def _(x, running_mean, running_var, weight, bias, training, eps, group, backend):
+def _(x, *_):
     return torch.empty_like(x), x.new_empty(4, x.shape[1], dtype=accumulation_dtype(x.dtype))
 
 
@@ -129,17 +131,11 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = _BACKENDS.module(backend).backward(dy, x, vectors, training, eps, group)
-    dx = dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
-    return dx, _like(dweight, weight), _like(dbias, bias)
-
-
-def _like(value: Tensor, vector: Tensor) -> Tensor:
-    """A new tensor: op outputs may not share memory."""
-    return torch.empty_like(vector).copy_(value)
+    return laid_out_as(dx, x), copied_as(dweight, weight), copied_as(dbias, bias)
 
 
 @_backward.register_fake
-def _(dy, x, vectors, weight, bias, training, eps, group, backend):
+def _(dy, x, vectors, weight, bias, *_):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 

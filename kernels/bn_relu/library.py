@@ -3,15 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvitc.kernels.bn_relu.arguments import Norm
 
-def bn_relu(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))
+
+def bn_relu(x: Tensor, norm: Norm, momentum: float) -> Tensor:
+    """(B, C, H, W) → the same shape; in training the running statistics move by `momentum`."""
+    *vectors, training, eps, _ = norm
+    return F.relu(F.batch_norm(x, *vectors, training, momentum, eps))

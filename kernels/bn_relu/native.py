@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvitc.kernels.batch_norm.formulas import input_coefficients, layer_vectors
+from fastvitc.kernels.bn_relu.arguments import Norm
+from fastvitc.kernels.choice.layout import laid_out_as
 
 _NATIVE = torch.ops.fastvitc_native
 
@@ -17,31 +19,17 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _laid_out_as(value: Tensor, x: Tensor) -> Tensor:
-    """`value` in the strides of x, those that the op promises."""
-    return value if value.stride() == x.stride() else torch.empty_like(x).copy_(value)
-
-
-def forward(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool,
-    eps: float,
-    group: str,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(y, the layer's vectors)."""
     rows = _rows(x)
-    mean, var = running_mean, running_var
-    if training:
+    mean, var = norm.running_mean, norm.running_var
+    if norm.training:
         mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
         _NATIVE.bn_relu_statistics(rows, mean, var)
-    vectors = layer_vectors(mean, var, weight, bias, eps).float()
+    vectors = layer_vectors(mean, var, norm.weight, norm.bias, norm.eps).float()
     y = torch.empty_like(rows)
     _NATIVE.bn_relu_normalize(rows, vectors, y)
-    return _laid_out_as(y, x), vectors
+    return laid_out_as(y, x), vectors
 
 
 def backward(

@@ -12,24 +12,16 @@ from fastvitc.kernels.batch_norm.formulas import (
     statistics,
 )
 from fastvitc.kernels.batch_norm.group import mean_over_group, merged_statistics
+from fastvitc.kernels.bn_relu.arguments import Norm
 
 
-def forward(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool,
-    eps: float,
-    group: str,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(y, the layer's vectors)."""
-    if training:
-        mean, var = merged_statistics(*statistics(x), x.numel() // x.shape[1], group)
+    if norm.training:
+        mean, var = merged_statistics(*statistics(x), x.numel() // x.shape[1], norm.group)
     else:
-        mean, var = running_mean, running_var
-    vectors = layer_vectors(mean, var, weight, bias, eps)
+        mean, var = norm.running_mean, norm.running_var
+    vectors = layer_vectors(mean, var, norm.weight, norm.bias, norm.eps)
     return normalize_relu(x, vectors), vectors
 
 

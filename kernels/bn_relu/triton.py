@@ -3,7 +3,7 @@
 Forward: partial statistics of row chunks; their merge; relu(scale·x + shift). Backward: partial sums of dy' and
 dy'·(x − mean); their merge; dx. In 16 bits that is 6 and 10 bytes an element: x twice and y; x and dy twice and dx. The
 ReLU mask is computed again from x by the forward's own expression. Statistics are two-pass within a tile. The merges
-are `_triton_batch_norm`'s, and a process group's in between.
+are those of `fastvitc.kernels.batch_norm.merge`; between them the results of a process group come together.
 
 Not measured on a GPU.
 """
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fastvitc.kernels.batch_norm.formulas import layer_vectors
 from fastvitc.kernels.batch_norm.merge import gradients_of, merge, tile_statistics, vectors_of
-from fastvitc.kernels.gpu.triton import launch, load, relu, store
+from fastvitc.kernels.bn_relu.arguments import Norm
+from fastvitc.kernels.choice.layout import laid_out_as
+from fastvitc.kernels.gpu.triton import launch, load, relu, row_vector, store
 
 _ROWS, _WARPS = 64, 4
 _CHUNKS = 512  # row chunks, at most: enough programs to fill any GPU, few enough to merge in one
@@ -40,12 +42,6 @@ def _place(row, column, M, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     columns = column + tl.arange(0, BC)
     inside = (rows[:, None] < M) & (columns[None, :] < C)
     return rows[:, None].to(tl.int64) * C + columns[None, :], inside, columns, columns < C
-
-
-@triton.jit
-def _vector(vectors, row: tl.constexpr, columns, known, C: tl.constexpr):
-    """A row of a (·, C) tensor of vectors, to be multiplied with a tile."""
-    return tl.load(vectors + row * C + columns, mask=known, other=0.0)[None, :]
 
 
 @triton.jit
@@ -88,7 +84,7 @@ def _bn_relu_apply_kernel(
     INTERPRET: tl.constexpr,
 ):
     offsets, inside, columns, known = _place(tl.program_id(0) * BR, tl.program_id(1) * BC, M, C, BR, BC)
-    scale, shift = _vector(vectors, 2, columns, known, C), _vector(vectors, 3, columns, known, C)
+    scale, shift = row_vector(vectors, 2, columns, known, C), row_vector(vectors, 3, columns, known, C)
     tile = load(x + offsets, inside, INTERPRET).to(tl.float32)
     store(y + offsets, relu(tile * scale + shift), inside, INTERPRET)
 
@@ -118,8 +114,8 @@ def _bn_relu_bwd_sums_kernel(
     column = tl.program_id(1) * BC
     columns = column + tl.arange(0, BC)
     known = columns < C
-    mean = _vector(vectors, 0, columns, known, C)
-    scale, shift = _vector(vectors, 2, columns, known, C), _vector(vectors, 3, columns, known, C)
+    mean = row_vector(vectors, 0, columns, known, C)
+    scale, shift = row_vector(vectors, 2, columns, known, C), row_vector(vectors, 3, columns, known, C)
     sum_dy = tl.zeros((BC,), tl.float32)
     sum_dy_x = tl.zeros((BC,), tl.float32)
     for start in range(first, tl.minimum(first + chunk, M), BR):
@@ -146,10 +142,13 @@ def _bn_relu_bwd_apply_kernel(
     INTERPRET: tl.constexpr,
 ):
     offsets, inside, columns, known = _place(tl.program_id(0) * BR, tl.program_id(1) * BC, M, C, BR, BC)
-    scale, shift = _vector(vectors, 2, columns, known, C), _vector(vectors, 3, columns, known, C)
+    scale, shift = row_vector(vectors, 2, columns, known, C), row_vector(vectors, 3, columns, known, C)
     tile, grad = _masked(x, dy, offsets, inside, scale, shift, INTERPRET)
-    per_dy, per_x = _vector(coefficients, 0, columns, known, C), _vector(coefficients, 1, columns, known, C)
-    constant = _vector(coefficients, 2, columns, known, C)
+    per_dy, per_x = (
+        row_vector(coefficients, 0, columns, known, C),
+        row_vector(coefficients, 1, columns, known, C),
+    )
+    constant = row_vector(coefficients, 2, columns, known, C)
     store(dx + offsets, grad * per_dy + (tile * per_x + constant), inside, INTERPRET)
 
 
@@ -158,11 +157,10 @@ def _matrix(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
-def _like(matrix: Tensor, x: Tensor) -> Tensor:
+def _image(matrix: Tensor, x: Tensor) -> Tensor:
     """The (B·H·W, C) matrix in the shape and strides of x; a view where x is channels-last."""
     batch, channels, height, width = x.shape
-    image = matrix.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return image if image.stride() == x.stride() else torch.empty_like(x).copy_(image)
+    return laid_out_as(matrix.view(batch, height, width, channels).permute(0, 3, 1, 2), x)
 
 
 def _reduced(kernel, rows: int, channels: int, *tensors: Tensor) -> Tensor:
@@ -185,24 +183,15 @@ def _applied(kernel, *tensors: Tensor) -> Tensor:
     return out
 
 
-def forward(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool,
-    eps: float,
-    group: str,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     matrix = _matrix(x)
     rows, channels = matrix.shape
-    if training:
+    if norm.training:
         partial = _reduced(_bn_stats_kernel, rows, channels, matrix)
-        vectors = vectors_of(partial, rows, _chunking(rows)[0], weight, bias, eps, group)
+        vectors = vectors_of(partial, rows, _chunking(rows)[0], norm.weight, norm.bias, norm.eps, norm.group)
     else:
-        vectors = layer_vectors(running_mean, running_var, weight, bias, eps)
-    return _like(_applied(_bn_relu_apply_kernel, matrix, vectors), x), vectors
+        vectors = layer_vectors(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    return _image(_applied(_bn_relu_apply_kernel, matrix, vectors), x), vectors
 
 
 def backward(
@@ -212,4 +201,4 @@ def backward(
     partial = _reduced(_bn_relu_bwd_sums_kernel, *matrix.shape, dy_matrix, matrix, vectors)
     dweight, dbias, coefficients = gradients_of(partial, len(matrix), vectors, training, eps, group)
     dx = _applied(_bn_relu_bwd_apply_kernel, dy_matrix, matrix, vectors, coefficients)
-    return _like(dx, x), dweight, dbias
+    return _image(dx, x), dweight, dbias

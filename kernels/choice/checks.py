@@ -9,7 +9,7 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def takes(backend: str, dtype: torch.dtype | None) -> bool:
-    """Whether a backend computes in a dtype; None is any that it may be asked for."""
+    """Whether a backend computes in a dtype; True where the dtype is not known yet (None)."""
     return backend not in _KERNELS or dtype is None or dtype in _KERNEL_DTYPES
 
 

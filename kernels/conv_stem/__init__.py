@@ -9,6 +9,7 @@ from fastvitc.kernels.batch_norm.group import group_name, group_size
 from fastvitc.kernels.choice.backends import Backends, Choice, resolve
 from fastvitc.kernels.choice.checks import check_dtype
 from fastvitc.kernels.choice.dtypes import accumulation_dtype, autocast, autocast_dtype
+from fastvitc.kernels.choice.layout import copied_as
 from fastvitc.kernels.conv_stem import composed, library
 from fastvitc.kernels.conv_stem.arguments import Layers, Pixels, Stem
 from fastvitc.kernels.conv_stem.checks import check
@@ -209,13 +210,8 @@ def _backward(
         dimage, dparameters, dpos_embed = _BACKENDS.module(backend).backward(
             dtokens, image, stem.computing_in(dtype), zs, vectors, has_class_token, need_dimage
         )
-    dparameters = [_laid_out_as(d, p) for d, p in zip(dparameters, parameters, strict=True)]
-    return [_laid_out_as(dimage, image)] if need_dimage else [], dparameters, dpos_embed
-
-
-def _laid_out_as(value: Tensor, like: Tensor) -> Tensor:
-    """`value` in the dtype and strides of `like`, the layout that the fake implementations promise."""
-    return torch.empty_like(like).copy_(value)
+    dparameters = [copied_as(d, p) for d, p in zip(dparameters, parameters, strict=True)]
+    return [copied_as(dimage, image)] if need_dimage else [], dparameters, dpos_embed
 
 
 @_backward.register_fake

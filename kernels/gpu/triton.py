@@ -101,3 +101,9 @@ def store(pointers, x, mask, INTERPRET: tl.constexpr):
 def relu(x):
     """max(x, 0); NaN stays NaN, so that a diverged run shows."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_vector(vectors, row: tl.constexpr, columns, known, C: tl.constexpr):
+    """A row of a (·, C) tensor of vectors, (1, columns), to be multiplied with a tile; zero where not `known`."""
+    return tl.load(vectors + row * C + columns, mask=known, other=0.0)[None, :]

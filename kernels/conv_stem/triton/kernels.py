@@ -14,13 +14,7 @@ import triton
 import triton.language as tl
 
 from fastvitc.kernels.batch_norm.merge import tile_statistics
-from fastvitc.kernels.gpu.triton import load, relu, rounded, store
-
-
-@triton.jit
-def _row_vector(vectors, row: tl.constexpr, columns, known, C: tl.constexpr):
-    """Row of a (·, C) tensor of vectors, to be multiplied with a tile."""
-    return tl.load(vectors + row * C + columns, mask=known, other=0.0)[None, :]
+from fastvitc.kernels.gpu.triton import load, relu, rounded, row_vector, store
 
 
 @triton.jit
@@ -74,7 +68,7 @@ def _patches(
         tile = tile.to(tl.float32)
         tile = tl.where(box, tile * weight + other * (1 - weight), tile)
     if vectors is not None:
-        scale, shift = _row_vector(vectors, 0, channel, known, C), _row_vector(vectors, 1, channel, known, C)
+        scale, shift = row_vector(vectors, 0, channel, known, C), row_vector(vectors, 1, channel, known, C)
         tile = tile.to(tl.float32) * scale + shift
         if RELU:
             tile = relu(tile)
@@ -99,10 +93,10 @@ def _output_gradient(
     tile = load(dy + offsets, valid, INTERPRET)
     if z is not None:
         a, b = (
-            _row_vector(coefficients, 0, channel, known, N),
-            _row_vector(coefficients, 1, channel, known, N),
+            row_vector(coefficients, 0, channel, known, N),
+            row_vector(coefficients, 1, channel, known, N),
         )
-        c = _row_vector(coefficients, 2, channel, known, N)
+        c = row_vector(coefficients, 2, channel, known, N)
         raw = load(z + offsets, valid, INTERPRET).to(tl.float32)
         tile = tl.where(valid, tile.to(tl.float32) * a + (raw * b + c), 0.0)
     return rounded(tile, dtype, INTERPRET)
@@ -160,8 +154,6 @@ def _conv_fwd_kernel(
     out,  # (B, OH, OW, N)
     partial,  # (2, tiles of rows, N): mean, M2 of out; or None
     M,
-    OH: tl.constexpr,
-    OW: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
     H: tl.constexpr,
@@ -178,6 +170,8 @@ def _conv_fwd_kernel(
     RELU: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    OH: tl.constexpr = (H + 2 * P - KH) // S + 1
+    OW: tl.constexpr = (W + 2 * P - KW) // S + 1
     # Programs of one tile of rows and all columns are neighbours: they read the same input.
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     row_tile = tl.program_id(0) // COLUMN_TILES
@@ -215,8 +209,6 @@ def _tokens_fwd_kernel(
     pos_embed,  # (FIRST + OH·OW, N) or None
     out,  # (B, FIRST + OH·OW, N)
     M,
-    OH: tl.constexpr,
-    OW: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
     H: tl.constexpr,
@@ -234,6 +226,8 @@ def _tokens_fwd_kernel(
     RELU: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    OH: tl.constexpr = (H + 2 * P - KH) // S + 1
+    OW: tl.constexpr = (W + 2 * P - KW) // S + 1
     TOKENS: tl.constexpr = FIRST + OH * OW
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     columns = (tl.program_id(0) % COLUMN_TILES) * BN + tl.arange(0, BN)
@@ -268,11 +262,8 @@ def _conv_bwd_input_kernel(
     dx,  # (B, H, W, C): dy' of the layer below, or without vectors the gradient itself
     partial,  # (2, tiles, C): Σdy', Σdy'·(x − mean); or None
     sums,  # (IMAGES / BM, OH·OW, N) sums of dy over BM images; or None
-    M,
     images,
     IMAGES,
-    OH: tl.constexpr,
-    OW: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
     H: tl.constexpr,
@@ -293,6 +284,8 @@ def _conv_bwd_input_kernel(
     falls out; every place is then one output's alone.
     """
     dtype: tl.constexpr = weight.dtype.element_ty
+    OH: tl.constexpr = (H + 2 * P - KH) // S + 1
+    OW: tl.constexpr = (W + 2 * P - KW) // S + 1
     K: tl.constexpr = KH * KW * C
     CHUNKS: tl.constexpr = (N + BK - 1) // BK
     COLUMN_TILES: tl.constexpr = (C + BN - 1) // BN
@@ -309,7 +302,7 @@ def _conv_bwd_input_kernel(
         place, image = rows % (HS * WS), rows // (HS * WS)
     h = place // WS * S + (row_residue + P * (S - 1)) % S  # (h + P) % S is row_residue
     w = place % WS * S + (column_residue + P * (S - 1)) % S
-    inside = (rows < M) & (image < images) & (h < H) & (w < W)
+    inside = (rows < IMAGES * (HS * WS)) & (image < images) & (h < H) & (w < W)
     last_row, last_column = (h + P) // S, (w + P) // S  # of the outputs that the pixel takes part in
     first_output = image.to(tl.int64) * ((FIRST + OH * OW) * N) + FIRST * N
     taps_down = (KH - row_residue + S - 1) // S
@@ -340,8 +333,8 @@ def _conv_bwd_input_kernel(
     mask = inside[:, None] & known[None, :]
     offsets = image.to(tl.int64)[:, None] * (H * W * C) + (((h * W + w) * C)[:, None] + columns[None, :])
     if vectors is not None:
-        mean = _row_vector(vectors, 0, columns, known, C)
-        scale, shift = _row_vector(vectors, 2, columns, known, C), _row_vector(vectors, 3, columns, known, C)
+        mean = row_vector(vectors, 0, columns, known, C)
+        scale, shift = row_vector(vectors, 2, columns, known, C), row_vector(vectors, 3, columns, known, C)
         raw = load(x + offsets, mask, INTERPRET).to(tl.float32)
         acc = tl.where(mask & (raw * scale + shift > 0), acc, 0.0)
         kept = rounded(acc, dx.dtype.element_ty, INTERPRET).to(tl.float32)
@@ -364,8 +357,6 @@ def _conv_bwd_weight_kernel(
     M,
     part,
     dtype: tl.constexpr,
-    OH: tl.constexpr,
-    OW: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
     H: tl.constexpr,
@@ -384,6 +375,8 @@ def _conv_bwd_weight_kernel(
     INTERPRET: tl.constexpr,
 ):
     """Sum over one part of the rows; the parts are added up afterwards, in order."""
+    OH: tl.constexpr = (H + 2 * P - KH) // S + 1
+    OW: tl.constexpr = (W + 2 * P - KW) // S + 1
     K: tl.constexpr = KH * KW * C
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     TILES: tl.constexpr = COLUMN_TILES * STEPS

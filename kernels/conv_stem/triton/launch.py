@@ -1,6 +1,7 @@
 """One convolution of the stem on the GPU: what launches its kernels."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,9 @@ class Convolution:
     def __init__(self, input_shape: Sequence[int], weight: Tensor, stride: int, padding: int) -> None:
         self._batch, channels, height, width = input_shape
         kernel = weight.shape[2:]
-        out = output_size((height, width), weight, stride, padding)
+        self._grid = output_size((height, width), weight, stride, padding)
         self._weight = weight.contiguous(memory_format=torch.channels_last)
         self._sizes = {
-            "OH": out[0],
-            "OW": out[1],
             "S": stride,
             "P": padding,
             "H": height,
@@ -74,12 +73,11 @@ class Convolution:
 
     def _output(self) -> Tensor:
         """Uninitialised (B, N, OH, OW), channels-last."""
-        sizes = self._sizes
-        return self._new(self._batch, sizes["OH"], sizes["OW"], sizes["N"]).permute(0, 3, 1, 2)
+        return self._new(self._batch, *self._grid, self._sizes["N"]).permute(0, 3, 1, 2)
 
     @property
     def _outputs(self) -> int:
-        return self._batch * self._sizes["OH"] * self._sizes["OW"]
+        return self._batch * prod(self._grid)
 
     def _k_steps(self, block: int, run_on: bool) -> dict[str, int | bool]:
         """How a kernel walks along K."""
@@ -138,7 +136,7 @@ class Convolution:
         """(B, S, N) in `dtype`: class token first, then convolution + bias row by row, positions added."""
         first, channels = int(class_token is not None), self._sizes["N"]
         tiles = forward_tiles(self._weight.dtype, channels)
-        out = self._new(self._batch, first + self._sizes["OH"] * self._sizes["OW"], channels, dtype=dtype)
+        out = self._new(self._batch, first + prod(self._grid), channels, dtype=dtype)
         rows = out.shape[0] * out.shape[1]
         launch(
             _tokens_fwd_kernel,
@@ -184,7 +182,7 @@ class Convolution:
         if sum_images:
             tiles = tiles._replace(BM=min(tiles.BM, max(16, triton.next_power_of_2(images))))
             images = triton.cdiv(images, tiles.BM) * tiles.BM
-            sums = self._new(images // tiles.BM, sizes["OH"] * sizes["OW"], sizes["N"], dtype=torch.float32)
+            sums = self._new(images // tiles.BM, prod(self._grid), sizes["N"], dtype=torch.float32)
         # Every class of pixels gets the tiles of the largest.
         rows = images * triton.cdiv(sizes["H"], stride) * triton.cdiv(sizes["W"], stride)
         sets = triton.cdiv(rows, tiles.BM) * stride**2
@@ -202,7 +200,6 @@ class Convolution:
             dx,
             partial,
             sums,
-            rows,
             self._batch,
             images,
             **sizes,
