@@ -86,7 +86,7 @@ class ImageIndex:
 
 
 def index_folder(data_dir: str | os.PathLike[str]) -> tuple[ImageIndex, ImageIndex]:
-    """The images under `data_dir/train/<class>/` and `data_dir/val/<class>/`.
+    """The images under `data_dir/train/<class>/` and `data_dir/val/<class>/`, in subfolders too.
 
     Files whose extension is not in `EXTENSIONS` and names that start with a dot are ignored.
 
@@ -149,8 +149,19 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
-def _images(folder: Path) -> list[str]:
-    return sorted(e.path for e in _entries(folder) if e.name.lower().endswith(EXTENSIONS) and e.is_file())
+def _images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> list[str]:
+    """Paths of the images in a folder and below it. `above`: (device, inode) of the folders that lead here."""
+    status = folder.stat()
+    place = status.st_dev, status.st_ino
+    if place in above:
+        raise DataError(f"the folder {folder} leads back to a folder that holds it; remove that link")
+    found = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            found += _images(Path(entry.path), (*above, place))
+        elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            found.append(entry.path)
+    return sorted(found)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -61,6 +61,24 @@ def test_hidden_files_and_other_extensions_are_ignored(tmp_path):
     assert [os.path.basename(p) for p in paths_of(index)] == ["1.jpg"]
 
 
+def test_images_in_subfolders_belong_to_the_class(tmp_path):
+    make(tmp_path, "val/a/1.jpg", "val/a/more/3.jpg", "val/a/more/.thumbs/0.jpg", "val/b/deep/er/2.png")
+    index = index_split(tmp_path)
+    assert [os.path.relpath(p, tmp_path / "val") for p in paths_of(index)] == [
+        "a/1.jpg",
+        "a/more/3.jpg",
+        "b/deep/er/2.png",
+    ]
+    assert index.labels.tolist() == [0, 0, 1]
+
+
+def test_a_link_that_leads_back_is_named(tmp_path):
+    make(tmp_path, "val/a/1.jpg")
+    (tmp_path / "val/a/again").symlink_to(tmp_path / "val/a", target_is_directory=True)
+    with pytest.raises(DataError, match="again leads back to a folder that holds it; remove that link"):
+        index_split(tmp_path)
+
+
 def test_one_split_is_found_below_its_name_or_directly(tmp_path):
     make(tmp_path, "val/a/1.jpg", "train/a/2.jpg")
     below, direct = index_split(tmp_path), index_split(tmp_path / "val")
