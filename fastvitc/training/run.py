@@ -22,6 +22,10 @@ from fastvitc.training.step import compiled_graphs
 from fastvitc.training.words import Yardstick, duration, introduction, yardstick
 from fastvitc.tuning.machine import versions
 
+_ON_DIVERGENCE = (
+    "what was saved is that of the epochs before. Lower --lr, lengthen --warmup-epochs or set --clip-grad"
+)
+
 
 class Run:
     """Trains what `assemble` put together, from the state where there is one; nothing is written before `train`."""
@@ -58,12 +62,13 @@ class Run:
         parts, start = self.parts, time.perf_counter()
         o, process = parts.settings.optimisation, parts.process
         train_loss, images_per_second, data_wait = self._train_epoch(epoch, reporter)
+        self._check_weights(epoch)
         if o.precise_bn:
             count = max(1, o.precise_bn // (o.batch_size * process.world_size))
             parts.train_loader.seek(epoch)
             precise_batch_norm(parts.evaluated, islice(parts.train_loader, count), dtype=parts.dtype)
         for model in dict.fromkeys((parts.model, parts.evaluated)):  # in the same order on every process
-            process.average_buffers(model)
+            process.average_statistics(model)
         accuracy = parts.evaluate(parts.val_loader)
         is_best = accuracy.top1 > self.best
         self.best = max(self.best, accuracy.top1)
@@ -168,11 +173,14 @@ class Run:
 
     def _finite(self, loss: float, epoch: int) -> float:
         if not math.isfinite(loss):
-            raise FastvitcError(
-                f"the training loss became {loss} in epoch {epoch + 1}; what was saved is that of the epochs before. "
-                "Lower --lr, lengthen --warmup-epochs or set --clip-grad"
-            )
+            raise FastvitcError(f"the training loss became {loss} in epoch {epoch + 1}; {_ON_DIVERGENCE}")
         return loss
+
+    def _check_weights(self, epoch: int) -> None:
+        """The loss is of the weights before the last update; the update may have spoilt them."""
+        for name, tensor in self.parts.model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise FastvitcError(f"{name} is not finite after epoch {epoch + 1}; {_ON_DIVERGENCE}")
 
     def _save(self, epoch: int, folder: Path, accuracy: Accuracy, is_best: bool) -> None:
         parts = self.parts
