@@ -41,9 +41,10 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
 
     (tmp_path / "run" / "last").mkdir(parents=True)
     for name in ("a", "last/b"):
-        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
-            write_atomically(tmp_path / "run" / name, killed)
+            with pytest.raises(SystemExit):
+                write_atomically(tmp_path / "run" / name, killed)
     (tmp_path / "run" / ".hidden").write_text("a user's")
     assert all(path.exists() for path in left)
     remove_unfinished(tmp_path / "run")
