@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvitc import VisionTransformer, create_model
-from fastvitc.training.optim import create_optimizer
+from fastvitc.training.optim import create_optimizers
 from fastvitc.training.process import Process
 from fastvitc.training.step import TrainStep
 
@@ -28,7 +28,7 @@ def trained(
     model = model.to(device, memory_format=torch.channels_last)
     step = TrainStep(
         model,
-        create_optimizer(model, optimizer, lr=lr, weight_decay=0.05),
+        create_optimizers(model, optimizer, lr=lr, weight_decay=0.05),
         Process(0, 1, device),
         dtype=dtype,
         compile=compile,

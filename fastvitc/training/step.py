@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastvitc.training.mix import share_of_own
 from fastvitc.training.process import Process
+from fastvitc.tuning.machine import autocast
 
 
 def compiled_graphs() -> int:
@@ -32,7 +33,7 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, mix: Tensor | None) -> Tensor:
         """images (B, C, H, W) uint8, labels (B,) int64, mix of `Mixing` (5,) or None → mean loss, 0-d float32."""
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(images.device, self.dtype):
             logits = self.model(images, mix)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -48,7 +49,7 @@ class TrainStep:
 
     Args:
         model: called with images and a mix or None; its parameters get the gradients.
-        optimizer: over the model's parameters.
+        optimizers: over the model's parameters.
         process: this process; with several, gradients are averaged over them (BatchNorm statistics are not shared).
         dtype: of autocast; float32 turns it off.
         label_smoothing: see `Objective`.
@@ -60,7 +61,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         process: Process,
         *,
         dtype: torch.dtype,
@@ -73,7 +74,7 @@ class TrainStep:
         if compile:
             objective.compile(fullgraph=True, dynamic=False)
         self.objective = objective
-        self._model, self._optimizer, self._process = model, optimizer, process
+        self._model, self._optimizers, self._process = model, optimizers, process
         self._accumulate, self._clip_grad = accumulate, clip_grad
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
@@ -88,7 +89,8 @@ class TrainStep:
         self._process.average_gradients(self._model)
         if self._clip_grad is not None:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         assert total is not None
         return total

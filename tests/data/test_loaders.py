@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_images
 from fastvitc.data import (
     Augment,
     ImageIndex,
+    LoaderConfig,
     create_loader,
     digits_folder,
     index_folder,
@@ -21,6 +22,7 @@ from fastvitc.data import (
     synthetic_index,
 )
 from fastvitc.data.decode import read_image
+from fastvitc.data.index import Files
 from fastvitc.data.policy import FILL, POLICIES, Policy, Step
 from fastvitc.errors import DataError, UsageError
 
@@ -48,14 +50,14 @@ def digits(tmp_path_factory):
 
 
 def index_of(paths, split="train"):
-    paths = tuple(map(str, paths))
-    return ImageIndex(split, "", ("all",), paths, np.arange(len(paths)))
+    files = Files(list(map(str, paths)))
+    return ImageIndex(split, "", ("all",), files, np.arange(len(paths)))
 
 
 def load(kind, index, **options):
     """A loader whose labels are the places in the index, so that they tell which image came."""
-    settings = {"training": True, "batch_size": 10, "image_size": (32, 48), "device": "cpu", "workers": 0}
-    return create_loader(kind, index, **settings | options)
+    settings = {"training": True, "batch_size": 10, "image_size": (32, 48), "workers": 0}
+    return create_loader(kind, LoaderConfig(index, device=torch.device("cpu"), **settings | options))
 
 
 def pixels(loader):
@@ -117,7 +119,7 @@ def test_all_loaders_yield_the_same_order(training, photos):
     orders = []
     for kind in ALL:
         loader = load(kind, photos, training=training, seed=3)
-        loader.set_epoch(2)
+        loader.seek(2)
         orders.append(order(loader))
     assert orders[0] == orders[1] == orders[2]
 
@@ -144,9 +146,9 @@ def test_an_epoch_is_the_same_whether_or_not_others_ran_before(kind, policy, pho
     ran, fresh = (load(kind, photos, augment=Augment(policy=policy)) for _ in range(2))
     epochs = []
     for epoch in range(3):
-        ran.set_epoch(epoch)
+        ran.seek(epoch)
         epochs.append(pixels(ran))
-    fresh.set_epoch(2)
+    fresh.seek(2)
     assert torch.equal(pixels(fresh), epochs[2])
     assert not torch.equal(epochs[1], epochs[2])
 
@@ -178,9 +180,9 @@ def test_an_iteration_left_early_does_not_show_in_the_next(kind, workers, photos
 
 @pytest.mark.timeout(60)
 def test_workers_do_not_destroy_what_the_parent_has_yet_to_collect(photos, monkeypatch):
-    def collect_and_read(path):
+    def collect_and_read(index, number):
         gc.collect()
-        return read_image(path)
+        return read_image(index, number)
 
     monkeypatch.setattr(pil, "read_image", collect_and_read)
     running = load("dali", photos)
@@ -436,11 +438,11 @@ def test_a_training_batch_larger_than_the_data_is_refused(kind, photos):
     ("wrong", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"image_size": (32, 0)}, "image_size is .height, width. in pixels"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"image_size": (32, 0)}, "image_size must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"rank": 1}, "rank 1 is none of the 1 ranks"),
-        ({"workers": -1}, "workers must not be negative"),
-        ({"crop_ratio": 0.0}, "crop_ratio is above 0"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"crop_ratio": 0.0}, "crop_ratio must be above 0"),
         ({"kind": "ffcv"}, "there is no loader 'ffcv'; choose among auto, dali, pil, synthetic"),
     ],
 )
