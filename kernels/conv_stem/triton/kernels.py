@@ -14,92 +14,8 @@ import triton
 import triton.language as tl
 
 from fastvitc.kernels.batch_norm.merge import tile_statistics
+from fastvitc.kernels.conv_stem.triton.loads import output_gradient, patches, taps
 from fastvitc.kernels.gpu.triton import load, relu, rounded, row_vector, store
-
-
-@triton.jit
-def _taps(step, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BK: tl.constexpr, RUN_ON: tl.constexpr):
-    """(tap, input channel, k, whether k exists) of the BK columns of a step of K; the tap is one for all or (1, BK)."""
-    if RUN_ON:
-        k = step * BK + tl.arange(0, BK)
-        tap, channel, known = (k // C)[None, :], k % C, k < KH * KW * C
-    else:
-        CHUNKS: tl.constexpr = (C + BK - 1) // BK
-        tap = step // CHUNKS
-        channel = (step % CHUNKS) * BK + tl.arange(0, BK)
-        k, known = tap * C + channel, channel < C
-    return tap, channel, k, known
-
-
-@triton.jit
-def _patches(
-    x,  # (B, H, W, C)
-    vectors,  # (2, C) scale and shift, or None
-    mix,  # (5,) weight, top, bottom, left, right; or None
-    batch,  # B, of which the first image is mixed with the last
-    image,  # (BM,) int64 offset of each row's image
-    top,  # (BM,) first image row under the kernel
-    left,  # (BM,)
-    inside,  # (BM,)
-    tap,
-    channel,
-    known,
-    dtype: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    KW: tl.constexpr,
-    RELU: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """The (BM, BK) tile of the input patches at a step of K."""
-    row = top[:, None] + tap // KW
-    column = left[:, None] + tap % KW
-    valid = inside[:, None] & (row >= 0) & (row < H) & (column >= 0) & (column < W) & known[None, :]
-    offsets = (row * W + column) * C + channel[None, :]
-    tile = load(x + image[:, None] + offsets, valid, INTERPRET)
-    if mix is not None:
-        # Outside the box an image is left alone, and the other's pixels are not read.
-        rows = (row >= tl.load(mix + 1)) & (row < tl.load(mix + 2))
-        box = valid & rows & (column >= tl.load(mix + 3)) & (column < tl.load(mix + 4))
-        partner = tl.where(image == 0, tl.cast(batch - 1, tl.int64) * (H * W * C), image - H * W * C)
-        other = load(x + partner[:, None] + offsets, box, INTERPRET).to(tl.float32)
-        weight = tl.load(mix)
-        tile = tile.to(tl.float32)
-        tile = tl.where(box, tile * weight + other * (1 - weight), tile)
-    if vectors is not None:
-        scale, shift = row_vector(vectors, 0, channel, known, C), row_vector(vectors, 1, channel, known, C)
-        tile = tile.to(tl.float32) * scale + shift
-        if RELU:
-            tile = relu(tile)
-        tile = tl.where(valid, tile, 0.0)
-    return rounded(tile, dtype, INTERPRET)
-
-
-@triton.jit
-def _output_gradient(
-    dy,  # (rows, N), with rows before those of each image where there is no z
-    z,  # (rows, N) or None
-    coefficients,  # (3, N)
-    offsets,  # of the tile in dy and z
-    channel,
-    valid,
-    known,
-    dtype: tl.constexpr,
-    N: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """A tile of dz = A·dy' + B·z + C, or of dy where no normalisation follows the convolution."""
-    tile = load(dy + offsets, valid, INTERPRET)
-    if z is not None:
-        a, b = (
-            row_vector(coefficients, 0, channel, known, N),
-            row_vector(coefficients, 1, channel, known, N),
-        )
-        c = row_vector(coefficients, 2, channel, known, N)
-        raw = load(z + offsets, valid, INTERPRET).to(tl.float32)
-        tile = tl.where(valid, tile.to(tl.float32) * a + (raw * b + c), 0.0)
-    return rounded(tile, dtype, INTERPRET)
 
 
 @triton.jit
@@ -133,8 +49,8 @@ def _convolved(
     dtype: tl.constexpr = weight.dtype.element_ty
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(0, STEPS):
-        tap, channel, k, known = _taps(step, C, KH, KW, BK, RUN_ON)
-        tile = _patches(
+        tap, channel, k, known = taps(step, C, KH, KW, BK, RUN_ON)
+        tile = patches(
             x, vectors, mix, batch, image, top, left, inside, tap, channel, known,
             dtype, H, W, C, KW, RELU, INTERPRET,
         )  # fmt: skip
@@ -148,7 +64,7 @@ def _convolved(
 def _conv_fwd_kernel(
     x,  # (B, H, W, C)
     vectors,  # (2, C) scale and shift, or None
-    mix,  # see `_patches`
+    mix,  # see `patches`
     weight,  # (N, KH·KW·C)
     bias,  # (N,) or None: bias and ReLU follow
     out,  # (B, OH, OW, N)
@@ -202,7 +118,7 @@ def _conv_fwd_kernel(
 def _tokens_fwd_kernel(
     x,  # (B, H, W, C)
     vectors,  # (2, C) scale and shift, or None
-    mix,  # see `_patches`
+    mix,  # see `patches`
     weight,  # (N, KH·KW·C)
     bias,  # (N,)
     class_token,  # (N,) or None
@@ -324,7 +240,7 @@ def _conv_bwd_input_kernel(
                 tl.store(total, tl.sum(gradient, 0), mask=known)
             tile = rounded(gradient, dtype, INTERPRET)
         else:
-            tile = _output_gradient(dy, z, coefficients, offsets, channel, valid, known, dtype, N, INTERPRET)
+            tile = output_gradient(dy, z, coefficients, offsets, channel, valid, known, dtype, N, INTERPRET)
         k = ((row_residue + down * S) * KW + column_residue + across * S) * C + columns
         mask = known[:, None] & (columns < C)[None, :]
         kernel = load(weight + channel[:, None] * K + k[None, :], mask, INTERPRET)
@@ -349,7 +265,7 @@ def _conv_bwd_input_kernel(
 def _conv_bwd_weight_kernel(
     x,  # (B, H, W, C)
     vectors,  # (2, C) scale and shift, or None
-    mix,  # see `_patches`
+    mix,  # see `patches`
     dy,  # (B, FIRST + OH·OW, N)
     z,  # (B, OH, OW, N) or None
     coefficients,  # (3, N)
@@ -381,7 +297,7 @@ def _conv_bwd_weight_kernel(
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     TILES: tl.constexpr = COLUMN_TILES * STEPS
     tile_index = tl.program_id(0) % TILES
-    tap, channel, k, known = _taps(tile_index // COLUMN_TILES, C, KH, KW, BK, RUN_ON)
+    tap, channel, k, known = taps(tile_index // COLUMN_TILES, C, KH, KW, BK, RUN_ON)
     columns = (tile_index % COLUMN_TILES) * BN + tl.arange(0, BN)
     known_columns = columns < N
     index = tl.program_id(0) // TILES
@@ -390,14 +306,14 @@ def _conv_bwd_weight_kernel(
         rows = start + tl.arange(0, BM)
         inside = rows < M
         number = rows // (OH * OW)
-        tile = _patches(
+        tile = patches(
             x, vectors, mix, M // (OH * OW), number.to(tl.int64) * (H * W * C),
             rows // OW % OH * S - P, rows % OW * S - P, inside, tap, channel, known,
             dtype, H, W, C, KW, RELU, INTERPRET,
         )  # fmt: skip
         valid = inside[:, None] & known_columns[None, :]
         offsets = (rows + (number + 1) * FIRST)[:, None].to(tl.int64) * N + columns[None, :]
-        gradient = _output_gradient(
+        gradient = output_gradient(
             dy, z, coefficients, offsets, columns, valid, known_columns, dtype, N, INTERPRET
         )
         acc = tl.dot(tl.trans(gradient), tile, acc, input_precision="ieee")
