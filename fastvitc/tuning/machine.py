@@ -76,7 +76,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """The median of `rounds` calls, after one that is not timed."""
     call()
     return statistics.median(seconds(call, device) for _ in range(rounds))
 
@@ -84,14 +85,14 @@ def _median_seconds(call: Callable[[], object], device: torch.device, rounds: in
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 5) -> float:
     """Measured floating-point operations per second of one large matrix product (a multiply-add is two)."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _median_seconds(lambda: a @ b, device, rounds)
+    return 2 * size**3 / _seconds(lambda: a @ b, device, rounds)
 
 
 def copy_peak(device: torch.device, megabytes: int = 256, rounds: int = 5) -> float:
     """Measured bytes per second of one large copy, read and write counted."""
     source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device, rounds)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, rounds)
 
 
 def flops_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
