@@ -1,0 +1,130 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from running import SMALL, program, train, weights_hash
+
+from fastvitc.kernels import Measured, record
+from fastvitc.programs import train as train_program
+from fastvitc.training.report import read_summary
+from fastvitc.training.run import Run
+from fastvitc.training.state import load_state
+
+
+def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypatch):
+    options = ["--model-ema", "--mixup", "0.5", "--cutmix", "0.5", "--drop-path", "0.1", "--precise-bn", "16"]
+    options += ["--model-ema-every", "1", "--model-ema-rate", "0.3"]
+    options += ["--data-dir", str(few_digits), "--model", "vitc_nano", *SMALL, "--epochs", "3"]
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    train_program.train(train_program.read_settings([*options, "-o", str(whole)]))
+
+    epoch_of = Run._epoch
+
+    def stop_in_the_second(self, epoch, *rest):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        epoch_of(self, epoch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_epoch", stop_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            train_program.train(train_program.read_settings([*options, "-o", str(interrupted)]))
+    assert load_state(interrupted)["epoch"] == 1
+    train_program.train(train_program.read_settings(["--resume", str(interrupted)]))
+    assert weights_hash(interrupted) == weights_hash(whole)
+    assert [row.epoch for row in read_summary(interrupted / "summary.csv")] == [1, 2, 3]
+
+
+def test_a_resumed_run_keeps_its_backends_unless_told_to_choose_anew(few_digits, tmp_path):
+    def measured_fastest(name):
+        record(torch.device("cpu"), torch.bfloat16, {"attention": Measured(name, {name: 1.0}, {})})
+
+    def backend_after(*args):
+        train_program.train(train_program.read_settings([*map(str, args)]))
+        state = load_state(tmp_path / "run")
+        assert f"attention={state['backends']['attention']}" in state["settings"]["backend"].split(",")
+        return state["backends"]["attention"]
+
+    measured_fastest("flash")
+    begin = ["--data-dir", few_digits, "--model", "vitc_nano", *SMALL, "--epochs", 1, "-o", tmp_path / "run"]
+    assert backend_after(*begin) == "flash"
+    measured_fastest("torch")
+    resume = ["--resume", tmp_path / "run", "--epochs"]
+    assert backend_after(*resume, 2) == "flash"
+    assert backend_after(*resume, 3, "--backend", "auto") == "torch"
+
+
+_STOP_BEFORE_THE_SECOND_EPOCH = """
+import sys
+from fastvitc.programs import train
+from fastvitc.training import run
+epoch_of = run.Run._epoch
+def stop(self, epoch, *rest):
+    if epoch == 1:
+        sys.exit(3)
+    epoch_of(self, epoch, *rest)
+run.Run._epoch = stop
+train.main()
+"""
+
+
+def test_a_resumed_run_of_two_processes_ends_with_the_same_weights(few_digits, tmp_path):
+    options = ["--batch-size", "8", "--epochs", "3", "--model-ema"]
+    train(few_digits, "-o", tmp_path / "whole", *options, processes=2)
+    (tmp_path / "stop.py").write_text(_STOP_BEFORE_THE_SECOND_EPOCH)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "stop.py"), "--data-dir", str(few_digits), "--model", "vitc_nano", *SMALL]
+    subprocess.run(
+        [*command, *options, "-o", str(tmp_path / "part")], capture_output=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert load_state(tmp_path / "part")["epoch"] == 1
+    done = program("train", "--resume", tmp_path / "part", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert weights_hash(tmp_path / "part") == weights_hash(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--image-size", 64], "--image-size was None, now (64,)"),
+        (["--weight-decay", 0.7], "--weight-decay was 0.05, now 0.7"),
+        (["--opt", "sgd"], "--opt was adamw, now sgd"),
+        (["--seed", 3], "--seed was 0, now 3"),
+        (["--output", "elsewhere"], "leave out --output"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(args, words, finished, ends):
+    code, message = ends(train_program, "--resume", finished[0], "--epochs", 3, *args)
+    assert (code, words in message) == (2, True), message
+
+
+def test_a_run_is_not_resumed_on_other_classes(finished, few_digits, tmp_path, ends):
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    for split in ("train", "val"):
+        (data / split / "2").rename(data / split / "two")
+    code, message = ends(train_program, "--resume", finished[0], "--epochs", 3, "--data-dir", data)
+    assert code == 2
+    assert "keeps its classes: it was ['0', '1', '2'], now ['0', '1', 'two']" in message
+
+
+def test_a_finished_run_is_not_resumed(finished, ends):
+    code, message = ends(train_program, "--resume", finished[0])
+    assert code == 2
+    assert "has finished its 2 epochs" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
+def test_a_state_that_cannot_be_resumed_is_refused(damage, finished, tmp_path, ends):
+    state = tmp_path / "state.pt"
+    if damage == "truncated":
+        state.write_bytes((finished[0] / "last" / "state.pt").read_bytes()[:5000])
+    elif damage == "foreign":
+        torch.save({"model_state": {}}, state)
+    code, message = ends(train_program, "--resume", state, "-o", tmp_path / "run")
+    assert code == 1
+    assert str(state) in message
+    assert not (tmp_path / "run").exists()
