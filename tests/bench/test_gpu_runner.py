@@ -81,6 +81,8 @@ def test_without_a_gpu_there_is_one_error_and_no_file(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
+@pytest.mark.slow
 def test_a_dry_run_brings_every_entry_into_a_known_state(tmp_path):
     env = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
     env |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -2,7 +2,7 @@ import shutil
 import sys
 
 import pytest
-from running import train
+from running import SMALL, program
 
 from fastvitc.data import digits_folder
 
@@ -35,6 +35,8 @@ def ends(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def finished(few_digits, tmp_path_factory):
-    """A finished run, its folder and what it printed."""
+    """A finished run in a process of its own, its folder and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return folder, train(few_digits, "-o", folder)
+    done = program("train", "--data-dir", few_digits, "--model", "vitc_nano", *SMALL, "-o", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout

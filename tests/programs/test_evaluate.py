@@ -1,7 +1,7 @@
 import shutil
 
 import torch
-from running import program
+from running import program, said
 
 from fastvitc.models.saved import load_model
 from fastvitc.programs import evaluate as evaluate_program
@@ -29,10 +29,9 @@ def test_evaluation_reads_other_libraries_checkpoints(finished, few_digits, tmp_
 
     model = load_model(finished[0] / "last")
     torch.save(to_timm(model.state_dict()), tmp_path / "timm.pth")
-    ours = program("evaluate", finished[0] / "last", "--data-dir", few_digits)
-    theirs = program(
-        "evaluate", tmp_path / "timm.pth", "--source", "timm", "--model", "vitc_nano", "--data-dir", few_digits,
-        "--crop-ratio", "0.875",
+    ours = said(evaluate_program, finished[0] / "last", "--data-dir", few_digits)
+    theirs = said(
+        evaluate_program, tmp_path / "timm.pth", "--source", "timm", "--model", "vitc_nano",
+        "--data-dir", few_digits, "--crop-ratio", "0.875",
     )  # fmt: skip
-    assert theirs.returncode == 0, theirs.stderr
-    assert theirs.stdout.split(",")[0] == ours.stdout.split(",")[0]
+    assert theirs.split(",")[0] == ours.split(",")[0]

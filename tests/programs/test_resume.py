@@ -1,11 +1,8 @@
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from running import SMALL, program, train, weights_hash
+from running import SMALL, weights_hash
 
 from fastvitc.kernels import Measured, record
 from fastvitc.programs import train as train_program
@@ -55,36 +52,6 @@ def test_a_resumed_run_keeps_its_backends_unless_told_to_choose_anew(few_digits,
     resume = ["--resume", tmp_path / "run", "--epochs"]
     assert backend_after(*resume, 2) == "flash"
     assert backend_after(*resume, 3, "--backend", "auto") == "torch"
-
-
-_STOP_BEFORE_THE_SECOND_EPOCH = """
-import sys
-from fastvitc.programs import train
-from fastvitc.training import run
-epoch_of = run.Run._epoch
-def stop(self, epoch, *rest):
-    if epoch == 1:
-        sys.exit(3)
-    epoch_of(self, epoch, *rest)
-run.Run._epoch = stop
-train.main()
-"""
-
-
-def test_a_resumed_run_of_two_processes_ends_with_the_same_weights(few_digits, tmp_path):
-    options = ["--batch-size", "8", "--epochs", "3", "--model-ema"]
-    train(few_digits, "-o", tmp_path / "whole", *options, processes=2)
-    (tmp_path / "stop.py").write_text(_STOP_BEFORE_THE_SECOND_EPOCH)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "stop.py"), "--data-dir", str(few_digits), "--model", "vitc_nano", *SMALL]
-    subprocess.run(
-        [*command, *options, "-o", str(tmp_path / "part")], capture_output=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert load_state(tmp_path / "part")["epoch"] == 1
-    done = program("train", "--resume", tmp_path / "part", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert weights_hash(tmp_path / "part") == weights_hash(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
