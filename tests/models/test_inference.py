@@ -7,6 +7,8 @@ from bench.models import trained_like
 from fastvitc import UsageError, optimize_for_inference
 from fastvitc.models.config import preset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():

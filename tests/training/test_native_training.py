@@ -33,6 +33,7 @@ def test_fifty_steps_in_bfloat16_stay_near_the_float32_curve(batches):
     assert abs(sum(found[-10:]) - sum(expected[-10:])) < 1
 
 
+@pytest.mark.slow
 def test_compiled_steps_follow_the_eager_ones(batches):
     config = replace(NANO, depth=2)
     eager, compiled = (

@@ -80,6 +80,7 @@ def test_bf16_runs_the_model_in_bf16_and_keeps_weights_and_statistics_in_float32
     assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_compile_two_graphs_in_all_and_compute_the_eager_losses():
     torch.compiler.reset()
     before, batches, losses = compiled_graphs(), [triple(4) for _ in range(3)], []
