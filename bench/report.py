@@ -142,20 +142,31 @@ def table(machine: dict, groups: dict[str, list[Row]]) -> str:
 
 
 def plot(groups: dict[str, list[Row]], path: Path) -> None:
-    """The ratio of our fastest, the reference left out, to the best peer, a bar for each group, as a PNG."""
+    """The ratio of our fastest, the reference left out, to the best peer, as a PNG: a row for what is computed, in it a
+    bar for each model. Of what is measured forward and forward + backward, the latter."""
     from matplotlib.figure import Figure
 
-    best = {}
+    bars: dict[str, dict[str, float]] = defaultdict(dict)
     for name, rows in groups.items():
-        fastest = _best(rows)
-        if fastest:
-            best[f"{name}: {fastest.contender}"] = fastest.ratio
-    figure = Figure(figsize=(11, 1 + 0.35 * len(best)), layout="constrained")
+        best = _best(rows)
+        what, _, rest = name.partition(", ")
+        if best and not name.endswith(", forward"):
+            bars[rest.partition(", ")[0]][what] = best.ratio
+    rows = list(dict.fromkeys(what for ratios in bars.values() for what in ratios))
+    height = 0.8 / max(len(bars), 1)
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.barh(list(best), list(best.values()), color="tab:blue")
+    for number, (model, ratios) in enumerate(bars.items()):
+        places = [rows.index(what) + (number - (len(bars) - 1) / 2) * height for what in ratios]
+        drawn = axes.barh(places, list(ratios.values()), 0.9 * height, label=model)
+        axes.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_xlabel("best peer's time / ours")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("time of the best peer / ours; above 1 ours is faster")
     axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(bars):  # of models with names
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 from torchvision import datasets, transforms
 
 from bench.contest import Candidate, Contest
-from fastvitc.data import Augment, create_loader, index_split
+from fastvitc.data import Augment, LoaderConfig, create_loader, index_split
 
 IMAGES, SIZE = 64, 224
 
@@ -34,16 +34,16 @@ def photographs() -> Path:
 
 
 def _ours(kind, training):
-    return create_loader(
-        kind,
+    config = LoaderConfig(
         index_split(photographs(), "train" if training else "val"),
         training=training,
         batch_size=16,
         image_size=(SIZE, SIZE),
         augment=Augment(),
-        device="cpu",
+        device=torch.device("cpu"),
         workers=1 if kind == "dali" else 0,
     )
+    return create_loader(kind, config)
 
 
 def _torchvision(training):

@@ -8,7 +8,7 @@ from bench.contest import Candidate, Contest
 from bench.models import image_batch, models, trained_like
 from bench.runtimes import runtimes
 from fastvitc import complexity, optimize_for_inference
-from fastvitc.training.optim import create_optimizer
+from fastvitc.training.optim import create_optimizers
 from fastvitc.training.process import Process
 from fastvitc.training.step import Objective, TrainStep, input_of
 
@@ -34,9 +34,9 @@ def _truth_of_training(config, batch_size, device):
 def training_step(build, config, batch_size, device, dtype, compile):
     model = build(config).to(device, memory_format=torch.channels_last)
     images, labels = image_batch(config, batch_size, device), _labels(config, batch_size, device)
-    optimizer = create_optimizer(model, "adamw", lr=1e-6, weight_decay=0.0)
+    optimizers = create_optimizers(model, "adamw", lr=1e-6, weight_decay=0.0)
     step = TrainStep(
-        model, optimizer, Process(0, 1, device), dtype=dtype, label_smoothing=0.1, compile=compile
+        model, optimizers, Process(0, 1, device), dtype=dtype, label_smoothing=0.1, compile=compile
     )
     return Candidate(
         run=lambda: step([(images, labels, None)]),

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fastvitc import convert
 from fastvitc.errors import CheckpointError, DataError, FastvitcError, UsageError
 from fastvitc.models.complexity import Complexity, complexity
 from fastvitc.models.config import StemConfig, ViTConfig, list_models
@@ -33,6 +34,7 @@ __all__ = [
     "ViTConfig",
     "VisionTransformer",
     "complexity",
+    "convert",
     "create_model",
     "list_models",
     "load_model",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvitc import VisionTransformer, ViTConfig
 from fastvitc.models.config import preset
-from fastvitc.training.optim import create_optimizer
+from fastvitc.training.optim import create_optimizers
 from fastvitc.training.process import Process
 from fastvitc.training.step import TrainStep
 
@@ -33,7 +33,7 @@ def trained(
     model = model.to(device, memory_format=torch.channels_last)
     step = TrainStep(
         model,
-        create_optimizer(model, optimizer, lr=lr, weight_decay=0.05),
+        create_optimizers(model, optimizer, lr=lr, weight_decay=0.05),
         Process(0, 1, device),
         dtype=dtype,
         compile=compile,

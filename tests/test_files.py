@@ -1,11 +1,55 @@
+import os
+
 import pytest
 
-from fastvitc.files import write_atomically
+from fastvitc.files import remove_unfinished, write_atomically
 
 
 def fail_while_writing(path):
     path.write_bytes(b"half of the new")
     raise OSError("no space left on device")
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    for text in ("old", "new"):
+        write_atomically(tmp_path / "deep" / "file", lambda path, text=text: path.write_text(text))
+    assert [(p.name, p.read_text()) for p in (tmp_path / "deep").iterdir()] == [("file", "new")]
+
+
+def test_two_writers_of_one_process_id_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    names = []
+
+    def write(path):
+        names.append(path.name)
+        path.write_text(path.name)
+        if len(names) == 1:
+            write_atomically(tmp_path / "file", write)
+
+    write_atomically(tmp_path / "file", write)
+    assert len(set(names)) == 2
+    assert (tmp_path / "file").read_text() == names[0]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    left = []
+
+    def killed(path):
+        path.write_text("half")
+        left.append(path)
+        raise SystemExit
+
+    (tmp_path / "run" / "last").mkdir(parents=True)
+    for name in ("a", "last/b"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+            with pytest.raises(SystemExit):
+                write_atomically(tmp_path / "run" / name, killed)
+    (tmp_path / "run" / ".hidden").write_text("a user's")
+    assert all(path.exists() for path in left)
+    remove_unfinished(tmp_path / "run")
+    assert not any(path.exists() for path in left)
+    assert (tmp_path / "run" / ".hidden").exists()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

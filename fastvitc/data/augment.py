@@ -10,12 +10,13 @@ for 224 pixels and 0.875, and its H x W centre is kept.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from fastvitc.data.policy import POLICIES, PolicyDraw, PolicyName, PolicySampler
 from fastvitc.errors import UsageError
+from fastvitc.ranges import Ascending, above, check_ranges, share
 
 ATTEMPTS = 10  # windows tried before the largest one in the middle is taken
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -34,18 +35,13 @@ class Augment:
         UsageError: a value out of range.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
+    scale: Annotated[tuple[float, float], share(zero=False), Ascending()] = (0.08, 1.0)
+    ratio: Annotated[tuple[float, float], above(0), Ascending()] = (3 / 4, 4 / 3)
+    hflip: Annotated[float, share()] = 0.5
     policy: PolicyName = "none"
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UsageError(f"scale must be 0 < least <= largest <= 1, got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise UsageError(f"ratio must be 0 < least <= largest, got {self.ratio}")
-        if not 0 <= self.hflip <= 1:
-            raise UsageError(f"hflip is a chance from 0 to 1, got {self.hflip}")
+        check_ranges(self)
         if self.policy not in POLICIES:
             raise UsageError(f"there is no policy {self.policy!r}; choose among {', '.join(POLICIES)}")
 

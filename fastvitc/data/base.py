@@ -1,17 +1,22 @@
-"""The interface of the loaders."""
+"""The interface of the loaders.
 
+To add a loader: a subclass of `Loader` in a module beside this one, its name in `LoaderKind`, and a line in
+`create_loader`.
+"""
+
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 
 from fastvitc.data.augment import Augment
 from fastvitc.data.index import ImageIndex
-from fastvitc.data.sampling import batches_per_epoch, epoch_batches
+from fastvitc.data.sampling import Order
 from fastvitc.errors import UsageError
+from fastvitc.ranges import at_least, check_ranges, share
 
 
 class Batch(NamedTuple):
@@ -23,7 +28,19 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """What to load and how; see `create_loader`.
+    """Which images are loaded, and how.
+
+    Attributes:
+        index: the images.
+        training: shuffled full batches, augmented; else every image once, in order.
+        batch_size: images of a batch on this rank.
+        image_size: (height, width) in pixels.
+        device: where the batches are to be.
+        augment: what training images undergo.
+        crop_ratio: side of evaluation's centre crop over the side that the image is resized to.
+        seed: fixes order and augmentation, from 0.
+        rank, world_size: which share of the images this process gets.
+        workers: PIL's processes (0: none) or DALI's threads; None takes `default_workers`.
 
     Raises:
         UsageError: a value out of range, or fewer training images than one batch on each rank.
@@ -31,31 +48,24 @@ class LoaderConfig:
 
     index: ImageIndex
     training: bool
-    batch_size: int
-    image_size: tuple[int, int]
-    augment: Augment
+    batch_size: Annotated[int, at_least(1)]
+    image_size: Annotated[tuple[int, int], at_least(1)]
     device: torch.device
-    seed: int
-    rank: int
-    world_size: int
-    workers: int
-    crop_ratio: float
+    augment: Augment = field(default_factory=Augment)
+    crop_ratio: Annotated[float, share(zero=False)] = 0.875
+    seed: Annotated[int, at_least(0)] = 0
+    rank: Annotated[int, at_least(0)] = 0
+    world_size: int = 1
+    workers: Annotated[int | None, at_least(0)] = None
 
     def __post_init__(self) -> None:
-        sides = self.image_size
-        for wrong, complaint in (
-            (self.batch_size < 1, f"batch_size must be at least 1, got {self.batch_size}"),
-            (len(sides) != 2 or min(sides) < 1, f"image_size is (height, width) in pixels, got {sides}"),
-            (self.seed < 0, f"seed must not be negative, got {self.seed}"),
-            (
-                not 0 <= self.rank < self.world_size,
-                f"rank {self.rank} is none of the {self.world_size} ranks from 0",
-            ),
-            (self.workers < 0, f"workers must not be negative, got {self.workers}"),
-            (not 0 < self.crop_ratio <= 1, f"crop_ratio is above 0 and at most 1, got {self.crop_ratio}"),
-        ):
-            if wrong:
-                raise UsageError(complaint)
+        # with the index of the GPU that "cuda" means
+        object.__setattr__(self, "device", torch.empty(0, device=self.device).device)
+        if self.workers is None:
+            object.__setattr__(self, "workers", default_workers(self.device))
+        check_ranges(self)
+        if self.rank >= self.world_size:
+            raise UsageError(f"rank {self.rank} is none of the {self.world_size} ranks from 0")
         images, needed = len(self.index), self.batch_size * self.world_size
         if self.training and images < needed:
             raise UsageError(
@@ -63,43 +73,33 @@ class LoaderConfig:
                 f"{self.world_size} ranks; make the batch smaller"
             )
 
-    def counts(self) -> tuple[int, int]:
-        """(batches, images) per epoch on this rank."""
-        return batches_per_epoch(
-            len(self.index),
-            self.batch_size,
-            training=self.training,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+    @property
+    def order(self) -> Order:
+        """How this rank goes through the images."""
+        return Order(len(self.index), self.batch_size, self.training, self.seed, self.rank, self.world_size)
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """The numbers of the images in each of this rank's batches."""
-        return epoch_batches(
-            len(self.index),
-            self.batch_size,
-            training=self.training,
-            seed=self.seed,
-            epoch=epoch,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+
+def default_workers(device: torch.device) -> int:
+    """This process's share of the cores it may use; a quarter of that beside a model that trains on them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, share // 4 if device.type == "cpu" else share)
 
 
 class Loader(ABC):
-    """Yields one epoch of batches on the configured device each time it is iterated, one iteration at a time.
+    """Yields an epoch of batches on the configured device each time it is iterated, one iteration at a time.
 
-    The same epoch comes again until `set_epoch`; an iteration may be left early. Training batches are all full and
-    equally many on each rank; evaluation yields each image once over all ranks, in a shorter last batch if need be.
+    The same epoch comes again until `seek`; an iteration may be left early. Training batches are all full and equally
+    many on each rank; evaluation yields each image once over all ranks, in a shorter last batch if need be.
     """
 
     def __init__(self, config: LoaderConfig) -> None:
-        self.config = config
-        self._epoch = 0
+        self.config, self.order = config, config.order
+        self._epoch = self._first = 0
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch.
+        """The batches from where `seek` points to the end of the epoch.
 
         Raises:
             DataError: an image cannot be read; the message names it.
@@ -107,16 +107,16 @@ class Loader(ABC):
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
-        return self.config.counts()[0]
+        return self.order.batches
 
     @property
     def num_samples(self) -> int:
         """Images per epoch on this rank."""
-        return self.config.counts()[1]
+        return self.order.samples
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) that the next iteration yields: its order and its augmentation."""
-        self._epoch = epoch
+    def seek(self, epoch: int, batch: int = 0) -> None:
+        """Choose where the next iteration begins: an epoch (its order and its augmentation), and a batch of it."""
+        self._epoch, self._first = epoch, batch
 
     def close(self) -> None:  # noqa: B027 - not every loader holds anything
         """Release worker processes, threads and memory. Iterating again starts anew."""

@@ -1,12 +1,12 @@
 """Decoding with NVIDIA DALI: on the GPU where there is one, else in threads, without worker processes.
 
-The random draws are made in Python, a batch at a time, and fed in; DALI reads, decodes, crops, resizes and carries out
-the policy. The pipeline so keeps no random state: any epoch can be the first, and an image is augmented the same way
-by each loader.
+The encoded images are read and the random draws made in Python, a batch at a time, and fed in; DALI decodes, crops,
+resizes and carries out the policy. So the pipeline keeps no random state: any batch can be the first, and every loader
+augments an image the same way.
 """
 
-import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class DaliLoader(Loader):
         self._pipeline: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        device, batches = self.config.device, self.config.batches(self._epoch)
+        device, batches = self.config.device, self.order.epoch(self._epoch, self._first)
         self._rewind()
         self._source.begin(self._epoch, batches)
         for samples in batches:
@@ -55,6 +55,7 @@ class DaliLoader(Loader):
 
     def close(self) -> None:
         self._pipeline = None
+        self._source.close()
 
     def _rewind(self) -> None:
         """Bring the pipeline to the start of an epoch, past what it read ahead for an iteration left early."""
@@ -82,19 +83,20 @@ class DaliLoader(Loader):
         """The error that names the bad file; DALI's own names none."""
         for sample in samples:
             try:
-                read_image(self.config.index.paths[sample])
+                read_image(self.config.index, sample)
             except DataError as named:
                 return named
-        files = ", ".join(self.config.index.paths[sample] for sample in samples)
+        files = ", ".join(self.config.index.name(sample) for sample in samples)
         reason = " ".join(str(error).rpartition("encountered:")[2].split())
         return DataError(f"DALI failed on a batch whose files PIL can read: {reason}; the files: {files}")
 
 
 class _Source:
-    """What is fed to the pipeline for each batch of an epoch: labels and paths, and in training the draws."""
+    """What is fed to the pipeline for each batch of an epoch: labels, encoded images, and in training the draws."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._index = config.index
+        self._threads, self._readers = max(1, config.workers), None
         self._sampler = AugmentSampler(config.augment, config.image_size, config.seed)
         self.stages = len(POLICIES[config.augment.policy].stages)
         self.dtypes, self.ndims = [types.INT64, types.UINT8], [0, 1]
@@ -109,22 +111,31 @@ class _Source:
     def begin(self, epoch: int, batches: list[np.ndarray]) -> None:
         self._epoch, self._batches = epoch, batches
 
+    def close(self) -> None:
+        if self._readers is not None:
+            self._readers.shutdown()
+            self._readers = None
+
     def __call__(self, number: int) -> tuple[Any, ...]:
         if number >= len(self._batches):
             raise StopIteration
         samples = self._batches[number]
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(self._threads)
         draws = self._sampler.draw(self._epoch, samples)
         return (
             self._index.labels[samples],
-            [np.frombuffer(os.fsencode(self._index.paths[sample]), np.uint8) for sample in samples],
+            list(self._readers.map(self._encoded, samples)),
             *map(np.ascontiguousarray, (*draws[:3], *draws.policy)),
         )[: len(self.dtypes)]
+
+    def _encoded(self, sample: int) -> np.ndarray:
+        return np.frombuffer(self._index.read(sample), np.uint8)
 
 
 @pipeline_def
 def _evaluation(config, source):
-    labels, paths = _feed(source)
-    encoded = fn.io.file.read(paths)
+    labels, encoded = _feed(source)
     height, width = _size(encoded)
     (out_h, out_w), (cover_h, cover_w) = config.image_size, covered_size(config.image_size, config.crop_ratio)
     # as augment.centre_box
@@ -146,8 +157,7 @@ def _evaluation(config, source):
 
 @pipeline_def(enable_conditionals=True)
 def _training(config, source):
-    labels, paths, windows, position, flip, *policy = _feed(source)
-    encoded = fn.io.file.read(paths)
+    labels, encoded, windows, position, flip, *policy = _feed(source)
     corner, window = _crop_window(encoded, windows, position, config.augment.ratio)
     images = fn.decoders.image_slice(
         encoded,

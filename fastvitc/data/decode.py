@@ -1,22 +1,27 @@
-"""Reading one image file with PIL."""
+"""Decoding one image with PIL."""
 
+import io
 import warnings
 
 from PIL import Image
 
+from fastvitc.data.index import ImageIndex
 from fastvitc.errors import DataError
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(index: ImageIndex, number: int) -> Image.Image:
     """The image as RGB: gray is repeated, CMYK and palettes converted, transparency and EXIF orientation ignored.
 
     Raises:
-        DataError: the file cannot be read or is no image.
+        DataError: the image cannot be read, or it is none; the message names it.
     """
+    data = index.read(number)
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
             warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise whatever their parsing trips over
         reason = str(error) or type(error).__name__
-        raise DataError(f"cannot read the image {path}: {reason}; replace or remove the file") from error
+        raise DataError(
+            f"cannot read the image {index.name(number)}: {reason}; replace or remove the file"
+        ) from error

@@ -1,9 +1,14 @@
-"""Which images there are: folders in ImageNet's layout, one folder per class."""
+"""Which images there are: folders in ImageNet's layout, one folder per class.
+
+To a loader an image is a number: `ImageIndex.read(number)` gives its bytes. For images that are kept otherwise than as
+files, write another `Source`.
+"""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +16,32 @@ from fastvitc.errors import DataError
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LAYOUT = "expected {train,val}/<class>/<image>"
+
+
+class Source(Protocol):
+    """Where images are kept, by their numbers from 0."""
+
+    def read(self, number: int) -> bytes:
+        """The bytes of the encoded image; OSError where they cannot be had."""
+
+    def name(self, number: int) -> str:
+        """The image's name, as messages give it."""
+
+
+class Files:
+    """Images that are files of their own.
+
+    Their paths lie in one buffer: worker processes that touch a million strings would each end up with a copy of them.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def read(self, number: int) -> bytes:
+        return Path(self.name(number)).read_bytes()
+
+    def name(self, number: int) -> str:
+        return os.fsdecode(self._paths[number])
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,22 +52,41 @@ class ImageIndex:
         split: `"train"` or `"val"`.
         root: the folder that holds the class folders.
         classes: class names in sorted order; a label is a position in it.
-        paths: one file per image, under `root`; empty where images are made up, see `synthetic_index`.
+        source: where the images are kept; None where they are made up, see `synthetic_index`.
         labels: int64, shape (images,).
     """
 
     split: str
     root: str
     classes: tuple[str, ...]
-    paths: tuple[str, ...]
+    source: Source | None
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read(self, number: int) -> bytes:
+        """The bytes of an encoded image.
+
+        Raises:
+            DataError: they cannot be read; the message names the image.
+        """
+        assert self.source is not None
+        try:
+            return self.source.read(number)
+        except OSError as error:
+            raise DataError(
+                f"cannot read the image {self.name(number)}: {error.strerror or error}; replace or remove the file"
+            ) from error
+
+    def name(self, number: int) -> str:
+        """An image's name, as messages give it."""
+        assert self.source is not None
+        return self.source.name(number)
+
 
 def index_folder(data_dir: str | os.PathLike[str]) -> tuple[ImageIndex, ImageIndex]:
-    """The images under `data_dir/train/<class>/` and `data_dir/val/<class>/`.
+    """The images under `data_dir/train/<class>/` and `data_dir/val/<class>/`, in subfolders too.
 
     Files whose extension is not in `EXTENSIONS` and names that start with a dot are ignored.
 
@@ -72,7 +122,7 @@ def index_split(folder: str | os.PathLike[str], split: str = "val") -> ImageInde
 def synthetic_index(split: str, images: int | None = None, classes: int = 1000) -> ImageIndex:
     """`images` images that exist on no disk, for the synthetic loader alone; 12,800 to train on, 1,280 to validate."""
     count = (12_800 if split == "train" else 1_280) if images is None else images
-    return ImageIndex(split, "", tuple(f"{c:04d}" for c in range(classes)), (), np.arange(count) % classes)
+    return ImageIndex(split, "", tuple(f"{c:04d}" for c in range(classes)), None, np.arange(count) % classes)
 
 
 def _index(split: str, root: Path) -> ImageIndex:
@@ -90,7 +140,7 @@ def _index(split: str, root: Path) -> ImageIndex:
         split,
         str(root),
         tuple(classes),
-        tuple(path for found in files for path in found),
+        Files([path for found in files for path in found]),
         np.repeat(np.arange(len(classes)), [len(found) for found in files]),
     )
 
@@ -99,8 +149,19 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
-def _images(folder: Path) -> list[str]:
-    return sorted(e.path for e in _entries(folder) if e.name.lower().endswith(EXTENSIONS) and e.is_file())
+def _images(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> list[str]:
+    """Paths of the images in a folder and below it. `above`: (device, inode) of the folders that lead here."""
+    status = folder.stat()
+    place = status.st_dev, status.st_ino
+    if place in above:
+        raise DataError(f"the folder {folder} leads back to a folder that holds it; remove that link")
+    found = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            found += _images(Path(entry.path), (*above, place))
+        elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            found.append(entry.path)
+    return sorted(found)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -1,7 +1,6 @@
 """Decoding with PIL in worker processes: runs anywhere, and is the reference for the other loaders."""
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,6 +12,7 @@ from fastvitc.data.augment import AugmentSampler, Draws, centre_box, crop_window
 from fastvitc.data.base import Batch, Loader, LoaderConfig
 from fastvitc.data.decode import read_image
 from fastvitc.data.policy import FILL, OPS
+from fastvitc.data.sampling import Order
 from fastvitc.errors import DataError
 
 
@@ -21,16 +21,16 @@ class PilLoader(Loader):
 
     def __init__(self, config: LoaderConfig) -> None:
         super().__init__(config)
-        self._order = _Order(config)
+        self._pointed = _Order(self.order)
         self._batches: DataLoader | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        self._order.epoch = self._epoch
+        self._pointed.epoch, self._pointed.first = self._epoch, self._first
         if self._batches is None:
             self._batches = DataLoader(
                 _Batches(self.config),
                 batch_size=None,
-                sampler=self._order,
+                sampler=self._pointed,
                 num_workers=self.config.workers,
                 persistent_workers=self.config.workers > 0,
                 pin_memory=self.config.device.type == "cuda",
@@ -56,18 +56,18 @@ class PilLoader(Loader):
 
 
 class _Order(Sampler):
-    """(epoch, sample numbers) of each batch of an epoch."""
+    """(epoch, sample numbers) of each batch of an epoch, from batch number `first` on."""
 
-    def __init__(self, config: LoaderConfig) -> None:
-        self._config = config
-        self.epoch = 0
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self.epoch = self.first = 0
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        for samples in self._config.batches(self.epoch):
+        for samples in self._order.epoch(self.epoch, self.first):
             yield self.epoch, samples
 
     def __len__(self) -> int:
-        return self._config.counts()[0]
+        return self._order.batches - self.first
 
 
 class _Batches(Dataset):
@@ -75,14 +75,12 @@ class _Batches(Dataset):
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
-        # one buffer: workers that touch a million strings would each end up with a copy of them
-        self._paths = np.array([os.fsencode(path) for path in config.index.paths])
         self._sampler = AugmentSampler(config.augment, config.image_size, config.seed)
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
         epoch, samples = key
         try:
-            images = [read_image(os.fsdecode(path)) for path in self._paths[samples]]
+            images = [read_image(self._config.index, sample) for sample in samples]
         except DataError as error:
             return error  # raised in a worker, it would arrive as the text of a traceback
         if self._config.training:

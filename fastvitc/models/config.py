@@ -69,9 +69,10 @@ class ViTConfig:
         return self.grid[0] * self.grid[1] + (self.pool == "token")
 
 
-def as_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) from one number or a pair."""
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+def as_size(image_size: int | tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) from one number, or a tuple of one or two."""
+    sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
+    sides = sides * 2 if len(sides) == 1 else sides
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         raise UsageError(
             f"image_size is a side or (height, width), whole numbers of pixels; got {image_size}"

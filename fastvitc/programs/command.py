@@ -1,6 +1,7 @@
-"""How a command-line program ends: one message and an exit code for what a user can mend, a traceback for a bug."""
+"""How a command-line program begins and ends: settings from its flags, one message and an exit code for what a user can
+mend, a traceback for a bug."""
 
-import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -15,10 +16,13 @@ Settings = TypeVar("Settings")
 
 def run_command(name: str, body: Callable[[], None]) -> None:
     """Run a program's body; exit 1 for a failure and 2 for a usage error, with one line on stderr."""
-    # torch.compile for a CPU looks for CUDA and warns that there is a toolkit but no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         body()
+        sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` does. What is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except FastvitcError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -40,5 +44,5 @@ def parse(
 ) -> Settings:
     """Settings from the command line over defaults; prints help or the usage error and exits by itself."""
     extra = {} if default is None else {"default": default}
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs, tyro.conf.DisallowNone)
     return tyro.cli(settings, prog=name, args=args, config=config, **extra)

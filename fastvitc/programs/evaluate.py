@@ -9,16 +9,18 @@ import torch
 import tyro
 
 from fastvitc import convert
-from fastvitc.data import create_loader, digits_folder, index_split
+from fastvitc.data import LoaderConfig, create_loader, digits_folder, index_split
 from fastvitc.errors import UsageError
 from fastvitc.kernels import chosen
 from fastvitc.models.config import as_size
 from fastvitc.models.saved import load_model, load_weights, model_folder, read_config
 from fastvitc.models.vit import VisionTransformer, create_model
 from fastvitc.programs.command import parse, run_command
+from fastvitc.ranges import at_least, check_ranges, share
 from fastvitc.training.evaluation import Accuracy, Evaluator
 from fastvitc.training.process import Process, pick_device
-from fastvitc.tuning.machine import PRECISIONS, fast_precision
+from fastvitc.training.settings import ImageSize
+from fastvitc.tuning.machine import PRECISIONS, Precision, fast_precision
 
 PROGRAM = "fastvitc-evaluate"
 
@@ -29,29 +31,29 @@ class EvaluateSettings:
 
     checkpoint: tyro.conf.Positional[str]
     """Folder of a saved model (a run's best/ or last/), or another library's file with --source."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder with val/<class>/* or <class>/*; by default scikit-learn's digits."""
     source: Literal["fastvitc", "pycls", "torchvision", "timm"] = "fastvitc"
     """Which library wrote the checkpoint."""
-    model: str | None = None
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Preset of another library's checkpoint."""
     ema: bool = False
     """Take the moving average of a pycls checkpoint."""
-    image_size: tuple[int, ...] | None = None
-    """Side in pixels, or height and width, of another library's checkpoint; by default the preset's."""
-    crop_ratio: float | None = None
+    image_size: ImageSize = None
+    """Size in pixels of another library's model; by default the preset's."""
+    crop_ratio: Annotated[float | None, share(zero=False), tyro.conf.arg(metavar="FLOAT")] = None
     """Side of the centre crop over the side the image is resized to; by default as in training, else 0.875."""
     loader: Literal["auto", "dali", "pil"] = "auto"
     """Decoder: DALI, or PIL in worker processes. auto: DALI on a GPU, else PIL."""
-    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    workers: Annotated[int | None, at_least(0), tyro.conf.arg(aliases=["-j"], metavar="INT")] = None
     """Decoding processes or threads; by default the CPU cores."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    batch_size: Annotated[int, at_least(1), tyro.conf.arg(aliases=["-b"])] = 64
     """Images per batch."""
     backend: str = "auto"
-    """Implementation of the ops, see fastvitc-info: one name, or op=name,op=name."""
+    """What the ops run on, see fastvitc-info: one name, or op=name,op=name."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
+    precision: Precision = field(default_factory=fast_precision)
     """bf16: autocast. By default where there is a GPU, or a CPU that multiplies in it."""
     compile: bool = False
     """torch.compile; pays for itself on large sets."""
@@ -78,7 +80,7 @@ def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...]
     model = create_model(
         settings.model,
         num_classes=len(weights["head.bias"]) if "head.bias" in weights else 0,
-        image_size=None if size is None else as_size(size[0] if len(size) == 1 else size),
+        image_size=None if size is None else as_size(size),
         pool="token" if "class_token" in weights else "mean",
         backend=settings.backend,
     )
@@ -88,6 +90,7 @@ def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...]
 
 def evaluate(settings: EvaluateSettings) -> Accuracy:
     """Evaluate as the settings say, every image once."""
+    check_ranges(settings, flags=True)
     process = Process(0, 1, pick_device(settings.device))
     dtype = PRECISIONS[settings.precision]
     chosen(process.device, settings.backend, dtype)
@@ -102,8 +105,7 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
         raise UsageError(
             f"the model has {model.config.num_classes} outputs, the folder {len(index.classes)} classes"
         )
-    loader = create_loader(
-        settings.loader,
+    config = LoaderConfig(
         index,
         training=False,
         batch_size=settings.batch_size,
@@ -112,6 +114,7 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
         workers=settings.workers,
         crop_ratio=crop_ratio if settings.crop_ratio is None else settings.crop_ratio,
     )
+    loader = create_loader(settings.loader, config)
     model = model.to(process.device, memory_format=torch.channels_last)
     evaluator = Evaluator(
         model, process, dtype=dtype, batch_size=settings.batch_size, compile=settings.compile

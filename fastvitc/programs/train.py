@@ -20,11 +20,12 @@ from fastvitc.files import write_atomically
 from fastvitc.kernels import BackendUnavailable, chosen
 from fastvitc.models.config import preset
 from fastvitc.programs.command import parse, run_command
+from fastvitc.training.assembly import assemble
 from fastvitc.training.process import Process, process_group
 from fastvitc.training.recipes import recipe_settings
-from fastvitc.training.run import start
+from fastvitc.training.run import Run
 from fastvitc.training.settings import Recipe, TrainSettings
-from fastvitc.training.state import STATE, load_state, state_file
+from fastvitc.training.state import STATE, RunState, state_file
 from fastvitc.tuning.machine import PRECISIONS, describe
 from fastvitc.tuning.measure import Setting
 from fastvitc.tuning.tune import measures_at_start, table, tune, unmeasured
@@ -32,8 +33,8 @@ from fastvitc.tuning.tune import measures_at_start, table, tune, unmeasured
 PROGRAM = "fastvitc-train"
 
 
-def read_settings(args: Sequence[str]) -> TrainSettings:
-    """The command line over the recipe's settings, or over the resumed run's."""
+def read_settings(args: Sequence[str]) -> tuple[TrainSettings, RunState | None]:
+    """The command line over the recipe's settings, or over those of the resumed run, whose state comes with them."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--data-dir", "--model", "--recipe", "--resume"):
         early.add_argument(flag)
@@ -41,16 +42,18 @@ def read_settings(args: Sequence[str]) -> TrainSettings:
     try:
         known, _ = early.parse_known_args([_with_hyphens(arg) for arg in args])
     except argparse.ArgumentError:
-        return parse(TrainSettings, PROGRAM, args)  # says what is wrong and exits
+        return parse(TrainSettings, PROGRAM, args), None  # says what is wrong and exits
     if known.resume is not None:
-        saved = TrainSettings.from_dict(load_state(Path(known.resume))["settings"])
-        saved = replace(saved, resume=known.resume, output=None)
-        return parse(TrainSettings, PROGRAM, args, saved).continuing(saved)
+        state = RunState.load(Path(known.resume))
+        saved = TrainSettings.from_dict(state.settings).changed(resume=known.resume, output=None)
+        settings = parse(TrainSettings, PROGRAM, args, saved)
+        settings.check_continues(saved)
+        return settings, state
     recipe = known.recipe or ("digits" if known.data_dir is None else "small")
     if recipe not in get_args(Recipe):
-        return parse(TrainSettings, PROGRAM, args)  # prints the choices and exits
+        return parse(TrainSettings, PROGRAM, args), None  # prints the choices and exits
     shares = int(os.environ.get("WORLD_SIZE", "1")) * max(known.grad_accum_steps, 1)
-    return parse(TrainSettings, PROGRAM, args, recipe_settings(recipe, known.model, shares))
+    return parse(TrainSettings, PROGRAM, args, recipe_settings(recipe, known.model, shares)), None
 
 
 def _with_hyphens(arg: str) -> str:
@@ -61,24 +64,25 @@ def _with_hyphens(arg: str) -> str:
 
 def find_images(settings: TrainSettings) -> tuple[ImageIndex, ImageIndex]:
     """The training and validation images that the settings name."""
-    if settings.data_dir is not None:
-        return index_folder(settings.data_dir)
-    if settings.loader == "synthetic":
+    if settings.data.data_dir is not None:
+        return index_folder(settings.data.data_dir)
+    if settings.data.loader == "synthetic":
         return synthetic_index("train"), synthetic_index("val")
     return index_folder(digits_folder())
 
 
 def output_folder(settings: TrainSettings) -> Path:
     """The run's folder, made and known to be writable; it holds no other run."""
-    if settings.resume is not None:
-        if settings.output is not None:
+    run = settings.run
+    if run.resume is not None:
+        if run.output is not None:
             raise UsageError(
                 "a resumed run goes on in its own folder; leave out --output, or copy the folder first"
             )
-        folder = state_file(Path(settings.resume)).parent.parent
+        folder = state_file(Path(run.resume)).parent.parent
     else:
-        default = Path("runs", f"{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder = default if settings.output is None else Path(settings.output)
+        default = Path("runs", f"{settings.model.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = default if run.output is None else Path(run.output)
         if (folder / "last" / STATE).exists():
             raise UsageError(
                 f"{folder} already holds a run; choose another --output, or continue it with --resume {folder}"
@@ -102,51 +106,58 @@ def with_backends(settings: TrainSettings, process: Process) -> TrainSettings:
     Raises:
         BackendUnavailable, UsageError: a backend that was asked for, or that the resumed run had, cannot run here.
     """
-    dtype = PRECISIONS[settings.precision]
+    dtype, backend = PRECISIONS[settings.machine.precision], settings.model.backend
     try:
-        chosen(process.device, settings.backend, dtype)
+        chosen(process.device, backend, dtype)
     except BackendUnavailable as error:
-        if settings.resume is None:
+        if settings.run.resume is None:
             raise
         raise UsageError(
             f"{error}. To go on with other backends than the run's, pass --backend auto"
         ) from error
 
     def choose() -> dict[str, str]:
-        if measures_at_start(process.device) and unmeasured(process.device, dtype, settings.backend):
+        if measures_at_start(process.device) and unmeasured(process.device, dtype, backend):
             _measure(settings, process.device)
-        return chosen(process.device, settings.backend, dtype)
+        return chosen(process.device, backend, dtype)
 
     picked = process.share(process.agree(choose))
-    return replace(settings, backend=",".join(f"{op}={name}" for op, name in picked.items()))
+    return settings.changed(backend=",".join(f"{op}={name}" for op, name in picked.items()))
 
 
 def _measure(settings: TrainSettings, device: torch.device) -> None:
     """Measure the ops on the run's own shapes; a failure is a line in the log, and the fixed order holds."""
-    config, size = preset(settings.model), settings.size()
-    config = replace(config, pool=settings.pool, image_size=size or config.image_size)
+    model, size = settings.model, settings.data.size()
+    config = preset(model.model)
+    config = replace(config, pool=model.pool, image_size=size or config.image_size)
     print(
         f"measuring the backends of the ops on {describe(device)}, once for this device and these versions; "
         "fastvitc-tune measures again",
         flush=True,
     )
-    dtype = PRECISIONS[settings.precision]
+    setting = Setting(
+        model.model,
+        config,
+        settings.optimisation.batch_size,
+        PRECISIONS[settings.machine.precision],
+        device,
+        settings.machine.compile,
+    )
     try:
-        results = tune(Setting(settings.model, config, settings.batch_size, dtype, device, settings.compile))
-        print(table(results), flush=True)
+        print(table(tune(setting)), flush=True)
     except FastvitcError as error:
         print(f"not measured: {error}; auto takes the fixed order", flush=True)
 
 
-def train(settings: TrainSettings) -> Path | None:
-    """Train as the settings say; return the run's folder on the main process."""
+def train(settings: TrainSettings, state: RunState | None = None) -> Path | None:
+    """Train as the settings say, from the state where there is one; the run's folder, on the main process."""
     settings.check()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    with process_group(settings.device) as process:
+    if settings.machine.threads is not None:
+        torch.set_num_threads(settings.machine.threads)
+    with process_group(settings.machine.device) as process:
         images = find_images(settings)
         settings = with_backends(settings, process)
-        run = start(settings, process, *images)
+        run = Run(assemble(settings, process, *images, state), state)
         folder = process.agree(lambda: output_folder(settings))
         if folder is not None:
             text = yaml.safe_dump(settings.to_dict(), sort_keys=False)
@@ -156,7 +167,7 @@ def train(settings: TrainSettings) -> Path | None:
 
 
 def main() -> None:
-    train(read_settings(sys.argv[1:]))
+    train(*read_settings(sys.argv[1:]))
 
 
 def cli() -> None:

@@ -2,16 +2,17 @@
 
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from fastvitc.errors import UsageError
 from fastvitc.kernels import measured
 from fastvitc.models.config import as_size, preset
 from fastvitc.programs.command import parse, run_command
+from fastvitc.ranges import at_least, check_ranges
 from fastvitc.training.process import process_group
-from fastvitc.tuning.machine import PRECISIONS, can_compile, describe, fast_precision
+from fastvitc.training.settings import ImageSize
+from fastvitc.tuning.machine import PRECISIONS, Precision, can_compile, describe, fast_precision
 from fastvitc.tuning.measure import Setting
 from fastvitc.tuning.tune import ROUNDS, table, tune
 
@@ -24,37 +25,26 @@ class TuneSettings:
 
     model: str = "vitc_4gf"
     """The preset whose shapes are measured, see fastvitc-info."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
+    batch_size: Annotated[int, at_least(1), tyro.conf.arg(aliases=["-b"])] = 64
     """Images per batch."""
-    precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
-    """bf16: autocast. By default where there is a GPU, or a CPU that multiplies in it. The choice holds for ops in this
-    dtype."""
-    image_size: tuple[int, ...] | None = None
-    """Side in pixels, or height and width; by default the model's."""
+    precision: Precision = field(default_factory=fast_precision)
+    """bf16: autocast. What is measured holds for ops in this dtype."""
+    image_size: ImageSize = None
+    """Size in pixels; by default the model's."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     compile: bool = field(default_factory=can_compile)
-    """torch.compile of each op, as training does it: by default where there is a GPU, or a C++ compiler and Python's
-    headers."""
-    rounds: int = ROUNDS
+    """torch.compile each op, as training does: by default on a GPU, and on a CPU with a C++ compiler and Python.h."""
+    rounds: Annotated[int, at_least(1)] = ROUNDS
     """Passes over the backends; the median counts."""
-
-    def check(self) -> None:
-        """Raise UsageError for numbers out of their range."""
-        for name in ("batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.image_size is not None and len(self.image_size) not in (1, 2):
-            raise UsageError(f"--image-size takes one or two numbers, got {len(self.image_size)}")
 
 
 def run(settings: TuneSettings) -> str:
     """Measure as the settings say; the table and what auto takes from now on."""
-    settings.check()
+    check_ranges(settings, flags=True)
     config = preset(settings.model)
     if settings.image_size is not None:
-        size = settings.image_size
-        config = replace(config, image_size=as_size(size[0] if len(size) == 1 else size))
+        config = replace(config, image_size=as_size(settings.image_size))
     dtype = PRECISIONS[settings.precision]
     with process_group(settings.device) as process:
         setting = Setting(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.process import Process
 from fastvitc.training.step import input_of
+from fastvitc.tuning.machine import autocast
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Evaluation(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """(B, C, H, W) uint8, (B,) int64 → (4,) float64: images, correct, correct in top 5, summed loss."""
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(images.device, self.dtype):
             logits = self.model(self.input(images))
         logits = logits.float()
         real = labels >= 0
@@ -102,7 +103,7 @@ def precise_batch_norm(
         for seen, (images, _) in enumerate(batches, start=1):
             for norm in norms:
                 norm.momentum = 1.0 / seen
-            with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(images.device, dtype):
                 model.stem(images)
     finally:
         model.stem.train(training)

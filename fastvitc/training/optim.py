@@ -1,15 +1,18 @@
-"""Parameter groups, optimisers, the learning-rate schedule and the weights' moving average of the paper."""
+"""Parameter groups, optimisers, the learning-rate schedule and the moving average of the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from fastvitc.errors import UsageError
+
+OptimizerName = Literal["adamw", "sgd"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -21,42 +24,47 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def create_optimizer(
-    model: nn.Module, name: Literal["adamw", "sgd"], *, lr: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999) or SGD (Nesterov momentum 0.9), PyTorch's fused form, on `parameter_groups`."""
-    groups = parameter_groups(model, weight_decay)
+def create_optimizers(
+    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float
+) -> list[Optimizer]:
+    """AdamW (betas 0.9, 0.999) or SGD (Nesterov momentum 0.9), PyTorch's fused form, on `parameter_groups`.
+
+    A list, so that an optimiser for some parameters can stand beside one for the rest. Each group keeps its highest
+    rate as `initial_lr`; `set_rates` takes a share of it.
+    """
+    groups = [{**group, "initial_lr": lr} for group in parameter_groups(model, weight_decay)]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+        return [AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+        return [SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)]
     raise UsageError(f'opt must be "adamw" or "sgd", got {name!r}')
+
+
+def set_rates(optimizers: Sequence[Optimizer], share: float) -> None:
+    """Give every group a share of its highest rate from the next step on."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["initial_lr"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Half-cosine from `lr` to `end_factor·lr`, times a linear warm-up from `warmup_factor` (paper, section 4)."""
+    """The learning rate as a share of the highest: half-cosine from 1 to `end_factor`, times a linear warm-up from
+    `warmup_factor` (paper, section 4)."""
 
-    lr: float
     epochs: float
     warmup_epochs: float = 5.0
     warmup_factor: float = 0.1
     end_factor: float = 0.005
 
     def at(self, epoch: float) -> float:
-        """The learning rate at a (fractional) epoch."""
+        """The share at a (fractional) epoch."""
         half_cosine = 0.5 * (1.0 + cos(pi * min(epoch / self.epochs, 1.0)))
-        rate = self.lr * (self.end_factor + (1.0 - self.end_factor) * half_cosine)
+        share = self.end_factor + (1.0 - self.end_factor) * half_cosine
         if epoch < self.warmup_epochs:
             progress = epoch / self.warmup_epochs
-            rate *= self.warmup_factor + (1.0 - self.warmup_factor) * progress
-        return rate
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` for every group from the next step on."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+            share *= self.warmup_factor + (1.0 - self.warmup_factor) * progress
+        return share
 
 
 class ModelEma:

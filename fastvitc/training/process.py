@@ -51,9 +51,10 @@ class Process:
         """Make the gradients of a module's parameters their means over all processes."""
         self.average(p.grad for p in module.parameters() if p.grad is not None)
 
-    def average_buffers(self, module: nn.Module) -> None:
-        """Make floating-point buffers (running statistics) their means over all processes."""
-        self.average(buffer for buffer in module.buffers() if buffer.is_floating_point())
+    def average_statistics(self, module: nn.Module) -> None:
+        """Make BatchNorm's running statistics their means over all processes."""
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.average(statistic for norm in norms for statistic in (norm.running_mean, norm.running_var))
 
     def agree(self, step: Callable[[], T]) -> T | None:
         """What `step` gives on the main process, None elsewhere; an error there ends every process."""

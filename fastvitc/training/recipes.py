@@ -1,6 +1,5 @@
-"""The recipes: settings of a training run under one name."""
+"""The recipes: settings of a training run under one name. To add one, add its values here and its name to `Recipe`."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from fastvitc.errors import UsageError
 from fastvitc.training.settings import Recipe, TrainSettings
 
-#: Handwritten digits must not be mirrored, and cropped less than photographs. So small a model gains little from a
+#: Handwritten digits must not be mirrored, and are cropped less than photographs. So small a model gains little from a
 #: second thread, and loses much where another program wants its core.
 _DIGITS: dict[str, Any] = {
     "crop_scale": (0.7, 1.0),
@@ -60,15 +59,18 @@ def recipe_settings(recipe: Recipe, model: str | None = None, shares: int = 1) -
     """The settings of a recipe, before the user's own.
 
     The paper's recipes divide their total batch of 2048 images by `shares`, the batches of one optimiser step.
+
+    Raises:
+        UsageError: the paper gives no such recipe for the model.
     """
-    base = TrainSettings(recipe=recipe)
+    base = TrainSettings().changed(recipe=recipe)
     if recipe == "digits":
         # On a CPU compiling takes longer than it saves in so short a run.
-        return replace(base, model=model or "vitc_nano", compile=torch.cuda.is_available(), **_DIGITS)
+        return base.changed(model=model or "vitc_nano", compile=torch.cuda.is_available(), **_DIGITS)
     model = model or "vitc_4gf"
     if recipe == "small":
-        return replace(base, model=model, **_SMALL)
-    settings = replace(base, model=model, batch_size=max(1, _PAPER_BATCH // shares), **_PAPER)
+        return base.changed(model=model, **_SMALL)
+    paper = base.changed(model=model, batch_size=max(1, _PAPER_BATCH // shares), **_PAPER)
     if recipe.startswith("paper-50ep"):
         if model not in _PAPER_50EP:
             raise UsageError(
@@ -76,7 +78,7 @@ def recipe_settings(recipe: Recipe, model: str | None = None, shares: int = 1) -
             )
         sgd = recipe.endswith("sgd")
         lr, weight_decay = _PAPER_50EP[model][sgd]
-        return replace(settings, epochs=50, opt="sgd" if sgd else "adamw", lr=lr, weight_decay=weight_decay)
+        return paper.changed(epochs=50, opt="sgd" if sgd else "adamw", lr=lr, weight_decay=weight_decay)
     if model.endswith("36gf"):
-        settings = replace(settings, lr=6e-4, weight_decay=0.28)
-    return replace(settings, epochs=int(recipe.removeprefix("paper-").removesuffix("ep")))
+        paper = paper.changed(lr=6e-4, weight_decay=0.28)
+    return paper.changed(epochs=int(recipe.removeprefix("paper-").removesuffix("ep")))

@@ -120,6 +120,7 @@ def read_summary(path: Path) -> list[EpochRow]:
 def draw_curves(rows: list[EpochRow], path: Path) -> None:
     """Loss, accuracy and learning rate by epoch, as a PNG."""
     from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     losses, accuracy, rate = figure.subplots(1, 3)
@@ -135,4 +136,8 @@ def draw_curves(rows: list[EpochRow], path: Path) -> None:
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch")
     for axes in (losses, accuracy, rate):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        for line in axes.lines if len(epochs) < 10 else ():  # a line through one point cannot be seen
+            line.set_marker("o")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -1,195 +1,208 @@
-"""Every setting of a training run."""
+"""Every setting of a training run, in five groups. A field here is a flag of `fastvitc-train`.
 
-from dataclasses import asdict, dataclass, field, fields
-from math import inf
+To add a flag, add a field with its default, its range, and one line for the help.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastvitc.data import LoaderKind, PolicyName
 from fastvitc.errors import UsageError
-from fastvitc.models.config import preset
-from fastvitc.tuning.machine import can_compile, fast_precision
+from fastvitc.models.config import as_size, preset
+from fastvitc.ranges import Ascending, OneOrTwo, above, at_least, check_ranges, share
+from fastvitc.training.optim import OptimizerName
+from fastvitc.tuning.machine import Precision, can_compile, fast_precision
 
 Recipe = Literal[
     "digits", "small", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
 ]
 
 
+def _optional(metavar: str, *aliases: str) -> object:
+    """A flag that may be left out: its help says what happens then, so it does not say "default: None" as well."""
+
+    def default(text: str) -> str:
+        return "" if text == "None" else f"(default: {text})"
+
+    return tyro.conf.arg(metavar=metavar, aliases=aliases, help_behavior_hint=default)
+
+
+ImageSize = Annotated[tuple[int, ...] | None, at_least(1), OneOrTwo(), _optional("SIDE | HEIGHT WIDTH")]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which images, and what happens to them before the model."""
+
+    data_dir: Annotated[str | None, _optional("DIR")] = None
+    """Folder with train/<class>/* and val/<class>/*. Without it: scikit-learn's handwritten digits."""
+    loader: LoaderKind = "auto"
+    """DALI, PIL in worker processes, or random pixels (synthetic). auto: DALI on a GPU, else PIL."""
+    workers: Annotated[int | None, at_least(0), _optional("INT", "-j")] = None
+    """Processes or threads that decode. Default: all of this process's cores beside a GPU, else a quarter."""
+    image_size: ImageSize = None
+    """Size of the images in pixels. Default: the model's."""
+    crop_scale: Annotated[tuple[float, float], share(zero=False), Ascending()] = (0.35, 1.0)
+    """A random crop takes a share of the image's area between these two."""
+    crop_aspect: Annotated[tuple[float, float], above(0), Ascending()] = (3 / 4, 4 / 3)
+    """The width of a random crop over its height is between these two."""
+    hflip: Annotated[float, share()] = 0.5
+    """Chance of a horizontal flip."""
+    augment: PolicyName = "none"
+    """Augmentation policy after crop and flip."""
+    crop_ratio: Annotated[float, share(zero=False)] = 0.875
+    """Validation: side of the centre crop over the side that the image is resized to."""
+
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) asked for, None for the model's own."""
+        return None if self.image_size is None else as_size(self.image_size)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model."""
+
+    model: str = "vitc_nano"
+    """A preset; fastvitc-info lists them."""
+    pool: Literal["token", "mean"] = "token"
+    """What the head reads: the class token, or the mean of all tokens."""
+    drop_path: Annotated[float, share()] = 0.0
+    """Rate of stochastic depth in the last block. It rises linearly from 0 in the first."""
+    backend: Annotated[str, tyro.conf.arg(metavar="NAME | OP=NAME,...")] = "auto"
+    """What the ops run on, see fastvitc-info. auto takes what was measured fastest; a new GPU is measured first."""
+    grad_checkpointing: bool = False
+    """Save memory: compute each block again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """How the weights move."""
+
+    recipe: Recipe | None = None
+    """Gives every setting that you leave out its value. Default: digits without --data-dir, small with it."""
+    epochs: Annotated[int, at_least(1)] = 30
+    """Passes over the training images."""
+    batch_size: Annotated[int, at_least(1), tyro.conf.arg(aliases=["-b"])] = 64
+    """Images of a batch in each process."""
+    grad_accum_steps: Annotated[int, at_least(1)] = 1
+    """Batches of an optimiser step."""
+    opt: OptimizerName = "adamw"
+    """Optimiser, in PyTorch's fused form."""
+    lr: Annotated[float, above(0)] = 1e-3
+    """Highest learning rate. It is never scaled with the batch size."""
+    weight_decay: Annotated[float, at_least(0)] = 0.05
+    """Weight decay. Biases and norms have none."""
+    warmup_epochs: Annotated[float, at_least(0)] = 3.0
+    """Linear rise from 0.1 of --lr over these epochs; then a half-cosine falls to 0.005 of it."""
+    clip_grad: Annotated[float | None, above(0), _optional("FLOAT")] = None
+    """Largest norm of the gradient. Default: any."""
+    smoothing: Annotated[float, share()] = 0.1
+    """Label smoothing."""
+    mixup: Annotated[float, at_least(0)] = 0.0
+    """Alpha of mixup; 0 turns it off. With CutMix on as well, each batch gets one of the two."""
+    cutmix: Annotated[float, at_least(0)] = 0.0
+    """Alpha of CutMix; 0 turns it off."""
+    model_ema: bool = False
+    """Keep a moving average of the weights; evaluate and save the average."""
+    model_ema_rate: Annotated[float | None, share(zero=False), _optional("FLOAT")] = None
+    """Share of the new weights in an update of the average. Default: the recipe's, see fastvitc/README.md."""
+    model_ema_every: Annotated[int, at_least(1)] = 1
+    """Optimiser steps between updates of the average."""
+    precise_bn: Annotated[int, at_least(0)] = 0
+    """Before each evaluation, compute BatchNorm's statistics anew on this many training images; 0: do not."""
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """What computes, and how."""
+
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    threads: Annotated[int | None, at_least(1), _optional("INT")] = None
+    """CPU threads of the model. Default: PyTorch's."""
+    precision: Precision = field(default_factory=fast_precision)
+    """bf16 keeps weights and statistics in float32. Default: bf16 where the device multiplies in it, else fp32."""
+    compile: bool = field(default_factory=can_compile)
+    """torch.compile training and evaluation. Default: on a GPU, and on a CPU with a C++ compiler and Python.h."""
+    seed: Annotated[int, at_least(0)] = 0
+    """Fixes the weights at the start, the order of the images and every random draw."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run is kept, and what it says."""
+
+    output: Annotated[str | None, _optional("DIR", "-o")] = None
+    """Folder of the run. Default: runs/<model>-<date>-<time>."""
+    resume: Annotated[str | None, _optional("DIR")] = None
+    """Continue the run in this folder with its settings. Length, data folder and machine may be given anew."""
+    log_every: Annotated[int, at_least(1)] = 50
+    """Steps between log points. Only log points wait for the device."""
+    peak_tflops: Annotated[float | None, above(0), _optional("FLOAT")] = None
+    """Peak of the device for the MFU, in 1e12 operations per second. Default: data sheet, or a measured product."""
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Train a vision transformer. Without arguments: vitc_nano on handwritten digits, about a minute on a CPU."""
 
-    # Data
-    data_dir: str | None = None
-    """Folder with train/<class>/* and val/<class>/*; by default scikit-learn's digits, written once to the cache."""
-    loader: Literal["auto", "dali", "pil", "synthetic"] = "auto"
-    """Decoder: DALI, PIL in worker processes, or random images without any disk. auto: DALI on a GPU, else PIL."""
-    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
-    """Decoding processes or threads per training process; by default its cores, or a quarter of them when it trains on
-    them."""
-    image_size: tuple[int, ...] | None = None
-    """Side in pixels, or height and width; by default the model's."""
-    crop_scale: tuple[float, float] = (0.35, 1.0)
-    """Least and largest share of the image's area in a random crop."""
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Narrowest and widest aspect ratio of a random crop."""
-    hflip: float = 0.5
-    """Chance of a horizontal flip."""
-    augment: Literal["none", "autoaugment", "randaugment", "trivialaugment"] = "none"
-    """Augmentation policy after crop and flip."""
-    crop_ratio: float = 0.875
-    """Validation: side of the centre crop over the side the image is resized to."""
-
-    # Model
-    model: str = "vitc_nano"
-    """A preset, see fastvitc-info."""
-    pool: Literal["token", "mean"] = "token"
-    """What the head reads: the class token, or the mean of all tokens."""
-    drop_path: float = 0.0
-    """Stochastic depth in the last block, rising linearly from the first."""
-    backend: str = "auto"
-    """Implementation of the ops, see fastvitc-info: one name, or op=name,op=name. auto: the measured one; on a GPU that
-    has not been measured, measure first."""
-    grad_checkpointing: bool = False
-    """Trade compute for memory."""
-
-    # Optimisation
-    recipe: Recipe | None = None
-    """Defaults of what follows and of the augmentation: digits without --data-dir, small with it, or the paper's."""
-    epochs: int = 30
-    """Passes over the training images."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
-    """Images per process and batch."""
-    grad_accum_steps: int = 1
-    """Batches per optimiser step."""
-    opt: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser, PyTorch's fused form."""
-    lr: float = 1e-3
-    """Peak learning rate (never scaled with the batch size)."""
-    weight_decay: float = 0.05
-    """On all weights but biases and norms."""
-    warmup_epochs: float = 3.0
-    """Linear warm-up from 0.1 of the rate; then a half-cosine to 0.005 of it."""
-    clip_grad: float | None = None
-    """Largest norm of the gradient."""
-    smoothing: float = 0.1
-    """Label smoothing."""
-    mixup: float = 0.0
-    """Alpha of mixup; 0 for none. With CutMix on as well, each batch draws one of the two."""
-    cutmix: float = 0.0
-    """Alpha of CutMix; 0 for none."""
-    model_ema: bool = False
-    """Keep a moving average of the weights, evaluate and save that."""
-    model_ema_rate: float | None = None
-    """Share of the new weights in an update; by default the paper's code's in its recipes (1e-5 · total batch/epochs ·
-    steps between updates), else such that an epoch's weights count half after another epoch."""
-    model_ema_every: int = 1
-    """Optimiser steps between updates of the average."""
-    precise_bn: int = 0
-    """Training images, over all processes, to recompute BatchNorm's statistics on before each evaluation; 0: none."""
-
-    # Machine
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    threads: int | None = None
-    """CPU threads of the model; by default PyTorch's."""
-    precision: Literal["bf16", "fp32"] = field(default_factory=fast_precision)
-    """bf16: autocast; weights and statistics stay float32. By default where there is a GPU, or a CPU that
-    multiplies in it."""
-    compile: bool = field(default_factory=can_compile)
-    """torch.compile of the training step and the evaluation; by default where there is a GPU, or a C++ compiler and
-    Python's headers."""
-    seed: int = 0
-    """Fixes weights, order and augmentation."""
-
-    # Run
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Folder of the run; by default runs/<model>-<date>-<time>."""
-    resume: str | None = None
-    """Continue a run in its folder, with its settings and backends; those of length, data folder and machine may be
-    given anew."""
-    log_every: int = 50
-    """Steps between log points (the only ones that wait for the device)."""
-    peak_tflops: float | None = None
-    """Peak for the MFU, in 1e12 floating-point operations per second; by default the GPU's data sheet or a measured
-    matrix product."""
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
+    machine: MachineSettings = field(default_factory=MachineSettings)
+    run: RunSettings = field(default_factory=RunSettings)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainSettings":
         """The settings that `to_dict` gave; UsageError for a name that there is not."""
-        unknown = values.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise UsageError(f"unknown settings: {', '.join(sorted(unknown))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls().changed(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and values, plain enough for YAML and JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """{flag: value} over all groups, plain enough for YAML and JSON."""
+        flat = {name: value for group in asdict(self).values() for name, value in group.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
-    def continuing(self, saved: "TrainSettings") -> "TrainSettings":
-        """These settings, for a run that began with the saved ones.
+    def changed(self, **values: Any) -> "TrainSettings":
+        """These settings with some of another value, named by their flags.
 
         Raises:
-            UsageError: a setting that a run keeps to its end differs.
+            UsageError: a name that there is not.
         """
+        groups = {group.name: getattr(self, group.name) for group in fields(self)}
+        for name, group in groups.items():
+            own = {field.name: values.pop(field.name) for field in fields(group) if field.name in values}
+            groups[name] = replace(group, **own)
+        if values:
+            raise UsageError(f"unknown settings: {', '.join(sorted(values))}")
+        return TrainSettings(**groups)
+
+    def check_continues(self, saved: "TrainSettings") -> None:
+        """Raise UsageError where these settings cannot go on with a run that began with the saved ones."""
+        before, now = saved.to_dict(), self.to_dict()
         changed = [
-            f"--{field.name.replace('_', '-')} was {getattr(saved, field.name)}, now {getattr(self, field.name)}"
-            for field in fields(self)
-            if field.name not in _MAY_CHANGE and getattr(self, field.name) != getattr(saved, field.name)
+            f"--{name.replace('_', '-')} was {_as_given(before[name])}, now {_as_given(now[name])}"
+            for name in now
+            if name not in _MAY_CHANGE and now[name] != before[name]
         ]
         if changed:
             raise UsageError(
                 f"a resumed run keeps its settings: {'; '.join(changed)}. Start another run instead"
             )
-        return self
-
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) asked for, None for the model's own."""
-        if self.image_size is None:
-            return None
-        if len(self.image_size) not in (1, 2):
-            raise UsageError(f"--image-size takes one or two numbers, got {len(self.image_size)}")
-        return self.image_size[0], self.image_size[-1]
 
     def check(self) -> None:
         """Raise UsageError for an unknown model and for numbers out of their range."""
-        preset(self.model)
-        ranges = {
-            "epochs": (1, None),
-            "batch_size": (1, None),
-            "grad_accum_steps": (1, None),
-            "log_every": (1, None),
-            "model_ema_every": (1, None),
-            "seed": (0, None),
-            "warmup_epochs": (0, None),
-            "precise_bn": (0, None),
-            "workers": (0, None),
-            "threads": (1, None),
-            "weight_decay": (0, None),
-            "mixup": (0, None),
-            "cutmix": (0, None),
-            "smoothing": (0, 1),
-            "hflip": (0, 1),
-            "drop_path": (0, 1),
-            "crop_ratio": (0, 1),
-            "model_ema_rate": (0, 1),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not (low <= value < inf if high is None else low <= value <= high):
-                limit = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise UsageError(f"--{name.replace('_', '-')} must be {limit}, got {value}")
-        for name in ("lr", "clip_grad", "crop_ratio", "model_ema_rate", "peak_tflops"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise UsageError(f"--crop-scale must be two shares with 0 < low <= high <= 1, got {low} {high}")
-        low, high = self.crop_aspect
-        if not 0 < low <= high < inf:
-            raise UsageError(f"--crop-aspect must be two ratios with 0 < low <= high, got {low} {high}")
-        self.size()
+        preset(self.model.model)
+        for group in fields(self):
+            check_ranges(getattr(self, group.name), flags=True)
+
+
+def _as_given(value: Any) -> str:
+    """A value as it stands on a command line."""
+    if value is None:
+        return "not set"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 _MAY_CHANGE = {

@@ -10,6 +10,7 @@ from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
 from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.mix import mix_images
 from fastvitc.training.process import Process
+from fastvitc.tuning.machine import autocast
 
 
 def compiled_graphs() -> int:
@@ -58,7 +59,7 @@ class Objective(nn.Module):
             x = self.input(images)
         else:
             x, share = mix_images(self.normalize(images), draw)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(x.device, self.dtype):
             logits = self.model(x)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -73,7 +74,7 @@ class TrainStep:
 
     Args:
         model: the model; its parameters get the gradients.
-        optimizer: over the model's parameters.
+        optimizers: over the model's parameters.
         process: this process; with several, gradients are averaged over them (BatchNorm statistics are not shared).
         dtype: of autocast; float32 turns it off.
         label_smoothing: see `Objective`.
@@ -85,7 +86,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         process: Process,
         *,
         dtype: torch.dtype,
@@ -98,7 +99,7 @@ class TrainStep:
         if compile:
             objective.compile(fullgraph=True, dynamic=False)
         self.objective = objective
-        self._model, self._optimizer, self._process = model, optimizer, process
+        self._model, self._optimizers, self._process = model, optimizers, process
         self._accumulate, self._clip_grad = accumulate, clip_grad
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
@@ -113,7 +114,8 @@ class TrainStep:
         self._process.average_gradients(self._model)
         if self._clip_grad is not None:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         assert total is not None
         return total

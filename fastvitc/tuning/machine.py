@@ -26,8 +26,9 @@ _GPU_PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+Precision = Literal["bf16", "fp32"]
 #: The dtype of autocast by the name of a setting; float32 turns it off.
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _PACKAGES = ("torch", "torchvision", "triton", "xformers", "timm")
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -38,7 +39,12 @@ def processor() -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def fast_precision() -> Literal["bf16", "fp32"]:
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to a dtype on a device; float32 turns it off."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def fast_precision() -> Precision:
     """bf16 where there is a GPU, or a CPU that multiplies in it; others are slower in it than in float32."""
     return (
         "bf16" if torch.cuda.is_available() or {"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags() else "fp32"

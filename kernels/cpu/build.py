@@ -32,6 +32,14 @@ _FLAGS = {
 _NAMESPACE = "fastvitc_native"
 
 
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """PyTorch's first C++ build, torch.compile's too, tells a CPU's user that there is a CUDA toolkit and no GPU."""
+    return "No CUDA runtime is found" not in record.getMessage()
+
+
+logging.getLogger("torch.utils.cpp_extension").addFilter(_worth_saying)
+
+
 def no_native(device_type: str) -> str | None:
     """Why the native kernels cannot run on a device type, None when they can; builds them where they are not yet."""
     if device_type != "cpu":
@@ -124,22 +132,16 @@ def _build(path: Path, flags: list[str]) -> bool:
 
 def _compile(folder: Path, flags: list[str]) -> Path:
     """The library, built in a folder and loaded."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it would tell that there is no CUDA toolkit
-    try:
-        from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import load
 
-        # One name per source: object files are named after them, and all are called native.cpp.
-        files = []
-        for source in _sources():
-            named = folder / source.parent.name / source.name
-            if source.suffix == ".cpp":
-                named = named.with_stem(source.parent.name)
-                files.append(str(named))
-            named.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, named)
-        load(_NAMESPACE, files, extra_cflags=flags, build_directory=str(folder), is_python_module=False)
-        return folder / f"{_NAMESPACE}.so"
-    finally:
-        logger.setLevel(level)
+    # One name per source: object files are named after them, and all are called native.cpp.
+    files = []
+    for source in _sources():
+        named = folder / source.parent.name / source.name
+        if source.suffix == ".cpp":
+            named = named.with_stem(source.parent.name)
+            files.append(str(named))
+        named.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, named)
+    load(_NAMESPACE, files, extra_cflags=flags, build_directory=str(folder), is_python_module=False)
+    return folder / f"{_NAMESPACE}.so"

@@ -15,6 +15,23 @@ def make(root, *files):
     return root
 
 
+def paths_of(index):
+    return [index.name(number) for number in range(len(index))]
+
+
+def test_an_image_is_a_number_that_the_index_reads(tmp_path):
+    index = index_split(make(tmp_path, "val/a/1.jpg", "val/b/2.jpg"))
+    (tmp_path / "val/b/2.jpg").write_bytes(b"the second")
+    assert index.read(1) == b"the second"
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    index = index_split(make(tmp_path, "val/a/1.jpg"))
+    (tmp_path / "val/a/1.jpg").unlink()
+    with pytest.raises(DataError, match=r"cannot read the image .*1\.jpg: No such file.* replace or remove"):
+        index.read(0)
+
+
 def test_labels_are_positions_in_the_sorted_classes(tmp_path):
     names = [
         "train/b/1.jpg",
@@ -26,7 +43,7 @@ def test_labels_are_positions_in_the_sorted_classes(tmp_path):
     ]
     train, val = index_folder(make(tmp_path, *names, "val/B/9.webp"))
     assert train.classes == val.classes == ("B", "a", "b")
-    assert [os.path.relpath(p, tmp_path) for p in train.paths] == [
+    assert [os.path.relpath(p, tmp_path) for p in paths_of(train)] == [
         "train/B/1.jpg",
         "train/a/1.png",
         "train/a/2.JPEG",
@@ -41,13 +58,31 @@ def test_hidden_files_and_other_extensions_are_ignored(tmp_path):
     make(tmp_path, "val/a/1.jpg", "val/a/.2.jpg", "val/a/notes.txt", "val/.git/3.jpg", "val/README")
     index = index_split(tmp_path)
     assert index.classes == ("a",)
-    assert [os.path.basename(p) for p in index.paths] == ["1.jpg"]
+    assert [os.path.basename(p) for p in paths_of(index)] == ["1.jpg"]
+
+
+def test_images_in_subfolders_belong_to_the_class(tmp_path):
+    make(tmp_path, "val/a/1.jpg", "val/a/more/3.jpg", "val/a/more/.thumbs/0.jpg", "val/b/deep/er/2.png")
+    index = index_split(tmp_path)
+    assert [os.path.relpath(p, tmp_path / "val") for p in paths_of(index)] == [
+        "a/1.jpg",
+        "a/more/3.jpg",
+        "b/deep/er/2.png",
+    ]
+    assert index.labels.tolist() == [0, 0, 1]
+
+
+def test_a_link_that_leads_back_is_named(tmp_path):
+    make(tmp_path, "val/a/1.jpg")
+    (tmp_path / "val/a/again").symlink_to(tmp_path / "val/a", target_is_directory=True)
+    with pytest.raises(DataError, match="again leads back to a folder that holds it; remove that link"):
+        index_split(tmp_path)
 
 
 def test_one_split_is_found_below_its_name_or_directly(tmp_path):
     make(tmp_path, "val/a/1.jpg", "train/a/2.jpg")
     below, direct = index_split(tmp_path), index_split(tmp_path / "val")
-    assert below.paths == direct.paths
+    assert paths_of(below) == paths_of(direct)
     assert below.root == direct.root == str(tmp_path / "val")
 
 
@@ -99,5 +134,5 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 def test_a_synthetic_index_names_no_files():
     index = synthetic_index("train", images=25, classes=10)
-    assert (len(index), len(index.classes), index.paths) == (25, 10, ())
+    assert (len(index), len(index.classes), index.source) == (25, 10, None)
     assert np.bincount(index.labels).tolist() == [3] * 5 + [2] * 5

@@ -77,9 +77,9 @@ def test_an_epoch_is_the_same_whether_or_not_others_ran_before(kind, policy, pho
     ran, fresh = (load(kind, photos, augment=Augment(policy=policy)) for _ in range(2))
     epochs = []
     for epoch in range(3):
-        ran.set_epoch(epoch)
+        ran.seek(epoch)
         epochs.append(pixels(ran))
-    fresh.set_epoch(2)
+    fresh.seek(2)
     assert torch.equal(pixels(fresh), epochs[2])
     assert not torch.equal(epochs[1], epochs[2])
 
@@ -111,9 +111,9 @@ def test_an_iteration_left_early_does_not_show_in_the_next(kind, workers, photos
 
 @pytest.mark.timeout(60)
 def test_workers_do_not_destroy_what_the_parent_has_yet_to_collect(photos, monkeypatch):
-    def collect_and_read(path):
+    def collect_and_read(index, number):
         gc.collect()
-        return read_image(path)
+        return read_image(index, number)
 
     monkeypatch.setattr(pil, "read_image", collect_and_read)
     running = load("dali", photos)
@@ -223,11 +223,11 @@ def test_a_training_batch_larger_than_the_data_is_refused(kind, photos):
     ("wrong", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"image_size": (32, 0)}, "image_size is .height, width. in pixels"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"image_size": (32, 0)}, "image_size must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"rank": 1}, "rank 1 is none of the 1 ranks"),
-        ({"workers": -1}, "workers must not be negative"),
-        ({"crop_ratio": 0.0}, "crop_ratio is above 0"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"crop_ratio": 0.0}, "crop_ratio must be above 0"),
         ({"kind": "ffcv"}, "there is no loader 'ffcv'; choose among auto, dali, pil, synthetic"),
     ],
 )

@@ -8,7 +8,7 @@ from fastvitc.kernels import Measured, record
 from fastvitc.programs import train as train_program
 from fastvitc.training.report import read_summary
 from fastvitc.training.run import Run
-from fastvitc.training.state import load_state
+from fastvitc.training.state import RunState
 
 
 def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypatch):
@@ -16,7 +16,7 @@ def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypa
     options += ["--model-ema-every", "1", "--model-ema-rate", "0.3"]
     options += ["--data-dir", str(few_digits), "--model", "vitc_nano", *SMALL, "--epochs", "3"]
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    train_program.train(train_program.read_settings([*options, "-o", str(whole)]))
+    train_program.train(*train_program.read_settings([*options, "-o", str(whole)]))
 
     epoch_of = Run._epoch
 
@@ -28,9 +28,9 @@ def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_epoch", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
-            train_program.train(train_program.read_settings([*options, "-o", str(interrupted)]))
-    assert load_state(interrupted)["epoch"] == 1
-    train_program.train(train_program.read_settings(["--resume", str(interrupted)]))
+            train_program.train(*train_program.read_settings([*options, "-o", str(interrupted)]))
+    assert RunState.load(interrupted).epoch == 1
+    train_program.train(*train_program.read_settings(["--resume", str(interrupted)]))
     assert weights_hash(interrupted) == weights_hash(whole)
     assert [row.epoch for row in read_summary(interrupted / "summary.csv")] == [1, 2, 3]
 
@@ -40,10 +40,10 @@ def test_a_resumed_run_keeps_its_backends_unless_told_to_choose_anew(few_digits,
         record(torch.device("cpu"), torch.bfloat16, {"attention": Measured(name, {name: 1.0}, {})})
 
     def backend_after(*args):
-        train_program.train(train_program.read_settings([*map(str, args)]))
-        state = load_state(tmp_path / "run")
-        assert f"attention={state['backends']['attention']}" in state["settings"]["backend"].split(",")
-        return state["backends"]["attention"]
+        train_program.train(*train_program.read_settings([*map(str, args)]))
+        state = RunState.load(tmp_path / "run")
+        assert f"attention={state.backends['attention']}" in state.settings["backend"].split(",")
+        return state.backends["attention"]
 
     measured_fastest("flash")
     begin = ["--data-dir", few_digits, "--model", "vitc_nano", *SMALL, "--epochs", 1, "-o", tmp_path / "run"]
@@ -57,7 +57,7 @@ def test_a_resumed_run_keeps_its_backends_unless_told_to_choose_anew(few_digits,
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--image-size", 64], "--image-size was None, now (64,)"),
+        (["--image-size", 64], "--image-size was not set, now 64"),
         (["--weight-decay", 0.7], "--weight-decay was 0.05, now 0.7"),
         (["--opt", "sgd"], "--opt was adamw, now sgd"),
         (["--seed", 3], "--seed was 0, now 3"),

@@ -12,7 +12,7 @@ from fastvitc.models import config as presets
 from fastvitc.models.saved import load_model
 from fastvitc.programs import train as train_program
 from fastvitc.training.report import read_summary
-from fastvitc.training.state import load_state
+from fastvitc.training.state import RunState
 
 
 def test_a_run_leaves_weights_curves_summary_settings_and_state(finished):
@@ -29,15 +29,15 @@ def test_a_run_leaves_weights_curves_summary_settings_and_state(finished):
         args["backend"]
         == "add_layer_norm=native,attention=native,bias_gelu=native,bn_relu=native,conv_stem=native"
     )
-    assert load_state(folder)["epoch"] == 2
+    assert RunState.load(folder).epoch == 2
     assert list((folder / "tensorboard").iterdir())
 
 
 def test_the_log_names_convention_peak_backends_and_rates(finished):
     _, log = finished
     for words in (
-        "multiply-adds and bias adds",
-        "MFU: 3 x forward FLOPs x 2",
+        "a multiply-add or bias add is one",
+        "three times forward, a multiply-add is two",
         "attention native",
         "images/s",
     ):

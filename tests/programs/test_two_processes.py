@@ -8,7 +8,7 @@ import pytest
 from running import SMALL, program, weights_hash
 
 from fastvitc.models.saved import load_model
-from fastvitc.training.state import load_state
+from fastvitc.training.state import RunState
 
 _KEEPING_THE_FIRST_EPOCH = """
 import shutil
@@ -51,7 +51,7 @@ def test_two_processes_train_one_model(runs):
 @pytest.mark.slow
 def test_a_resumed_run_of_two_processes_ends_with_the_same_weights(runs):
     folder, _ = runs
-    assert load_state(folder / "part")["epoch"] == 1
+    assert RunState.load(folder / "part").epoch == 1
     done = program("train", "--resume", folder / "part", processes=2)
     assert done.returncode == 0, done.stderr
     assert weights_hash(folder / "part") == weights_hash(folder / "whole")
@@ -69,7 +69,7 @@ def weights(process, rows, accumulate):
     config = ViTConfig(StemConfig((32,), (8,), (8,)), 32, 64, heads=2, depth=2, image_size=(16, 16), num_classes=4)
     model = VisionTransformer(config)
     step = TrainStep(
-        model, torch.optim.SGD(model.parameters(), lr=0.3), process, dtype=torch.float32, accumulate=accumulate,
+        model, [torch.optim.SGD(model.parameters(), lr=0.3)], process, dtype=torch.float32, accumulate=accumulate,
         clip_grad=0.5, compile=False,
     )
     torch.manual_seed(1)

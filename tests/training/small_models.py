@@ -34,9 +34,9 @@ def triple(count):
 
 
 def train_step(model, lr=0.1, **options):
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr)]
     options = {"dtype": torch.float32, "compile": False, **options}
-    return TrainStep(model, optimizer, HERE, **options)
+    return TrainStep(model, optimizers, HERE, **options)
 
 
 def evaluator(model, batch_size, **options):

@@ -12,13 +12,13 @@ from fastvitc.models.config import preset
 from fastvitc.training.optim import (
     ModelEma,
     Schedule,
-    create_optimizer,
+    create_optimizers,
     paper_ema_rate,
     parameter_groups,
-    set_learning_rate,
+    set_rates,
 )
 
-PAPER = Schedule(lr=1e-3, epochs=100, warmup_epochs=5.0)
+PAPER = Schedule(epochs=100, warmup_epochs=5.0)
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
@@ -61,7 +61,7 @@ def test_no_parameter_is_in_two_groups():
     ],
 )
 def test_the_schedule_follows_the_papers_rule(epoch, rate):
-    assert PAPER.at(epoch) == pytest.approx(rate, rel=1e-6)
+    assert 1e-3 * PAPER.at(epoch) == pytest.approx(rate, rel=1e-6)
 
 
 def test_the_schedule_rises_in_warmup_and_falls_after_it():
@@ -71,13 +71,25 @@ def test_the_schedule_rises_in_warmup_and_falls_after_it():
 
 
 def test_no_warmup_starts_at_the_peak():
-    assert Schedule(lr=0.3, epochs=10, warmup_epochs=0).at(0) == pytest.approx(0.3)
+    assert Schedule(epochs=10, warmup_epochs=0).at(0) == pytest.approx(1.0)
 
 
-def test_a_new_learning_rate_reaches_every_group():
-    optimizer = create_optimizer(nn.Linear(3, 2), "adamw", lr=1.0, weight_decay=0.1)
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+def test_every_group_of_every_optimiser_gets_its_share_of_its_own_highest_rate():
+    first, second = (create_optimizers(nn.Linear(3, 2), "adamw", lr=lr, weight_decay=0.1) for lr in (1, 4))
+    optimizers = [*first, *second]
+    for share in (1.0, 0.25):
+        set_rates(optimizers, share)
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        assert rates == [share, share, 4 * share, 4 * share]
+
+
+def test_a_restored_optimiser_keeps_the_highest_rate_of_its_groups():
+    (saved,) = create_optimizers(nn.Linear(3, 2), "adamw", lr=0.5, weight_decay=0.1)
+    set_rates([saved], 0.1)
+    (restored,) = create_optimizers(nn.Linear(3, 2), "adamw", lr=0.5, weight_decay=0.1)
+    restored.load_state_dict(saved.state_dict())
+    set_rates([restored], 1.0)
+    assert [group["lr"] for group in restored.param_groups] == [0.5, 0.5]
 
 
 def adamw_by_hand(p, grads, lr, decay):
@@ -103,7 +115,7 @@ def test_three_fused_steps_equal_the_update_by_hand(name, by_hand):
     layer = nn.Linear(4, 3).double()
     start = {n: p.detach().clone() for n, p in layer.named_parameters()}
     grads = {n: [torch.randn_like(p) for _ in range(3)] for n, p in start.items()}
-    optimizer = create_optimizer(layer, name, lr=0.1, weight_decay=0.3)
+    (optimizer,) = create_optimizers(layer, name, lr=0.1, weight_decay=0.3)
     for step in range(3):
         for n, p in layer.named_parameters():
             p.grad = grads[n][step]
@@ -115,7 +127,7 @@ def test_three_fused_steps_equal_the_update_by_hand(name, by_hand):
 
 def test_an_unknown_optimiser_is_refused():
     with pytest.raises(UsageError, match='"adamw" or "sgd", got \'lamb\''):
-        create_optimizer(nn.Linear(1, 1), "lamb", lr=1.0, weight_decay=0.0)
+        create_optimizers(nn.Linear(1, 1), "lamb", lr=1.0, weight_decay=0.0)
 
 
 def moved(model):

@@ -50,5 +50,5 @@ def test_collectives_of_a_process_alone_change_nothing():
         assert process.sum(torch.tensor(3.0)) == 3
         norm = nn.BatchNorm1d(2)
         norm.running_mean.fill_(5)
-        process.average_buffers(norm)
+        process.average_statistics(norm)
         assert (norm.running_mean == 5).all()

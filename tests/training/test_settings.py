@@ -1,5 +1,5 @@
-from dataclasses import asdict, replace
 from math import inf, nan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from fastvitc.programs.evaluate import EvaluateSettings
 from fastvitc.programs.train import read_settings
 from fastvitc.programs.tune import TuneSettings
 from fastvitc.training.recipes import recipe_settings
-from fastvitc.training.settings import TrainSettings
-from fastvitc.training.state import save_state
+from fastvitc.training.settings import DataSettings, TrainSettings
+from fastvitc.training.state import STATE, RunState
 from fastvitc.tuning import machine
 
 PAPER_50_EPOCHS = {  # AdamW, SGD: learning rate, weight decay
@@ -29,6 +29,25 @@ def _one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
+def settings_of(args):
+    return read_settings(args)[0]
+
+
+def flat(settings):
+    """All settings by their flags."""
+    return SimpleNamespace(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.to_dict().items()}
+    )
+
+
+def flat_of(args):
+    return flat(settings_of(args))
+
+
+def rates(settings):
+    return settings.optimisation.lr, settings.optimisation.weight_decay
+
+
 @pytest.mark.parametrize("epochs", [100, 200, 400])
 @pytest.mark.parametrize(
     ("model", "lr", "weight_decay"),
@@ -40,7 +59,7 @@ def _one_process(monkeypatch):
     ],
 )
 def test_long_recipes_carry_the_papers_numbers(epochs, model, lr, weight_decay):
-    s = read_settings(["--recipe", f"paper-{epochs}ep", "--model", model])
+    s = flat_of(["--recipe", f"paper-{epochs}ep", "--model", model])
     assert (s.model, s.epochs, s.opt, s.lr, s.weight_decay) == (model, epochs, "adamw", lr, weight_decay)
     assert (s.batch_size, s.warmup_epochs, s.smoothing, s.mixup, s.cutmix) == (2048, 5, 0.1, 0.8, 1.0)
     assert (s.augment, s.crop_scale, s.crop_aspect, s.hflip) == (
@@ -58,10 +77,8 @@ def test_long_recipes_carry_the_papers_numbers(epochs, model, lr, weight_decay):
 def test_the_default_precision_is_one_that_the_cpu_multiplies_in(flags, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
-    assert {read_settings([]).precision, EvaluateSettings("").precision, TuneSettings().precision} == {
-        precision
-    }
-    assert read_settings(["--precision", "fp32"]).precision == "fp32"
+    assert {flat_of([]).precision, EvaluateSettings("").precision, TuneSettings().precision} == {precision}
+    assert flat_of(["--precision", "fp32"]).precision == "fp32"
 
 
 @pytest.mark.parametrize("missing", ["compiler", "headers"])
@@ -71,31 +88,30 @@ def test_without_a_compiler_or_headers_nothing_is_compiled_on_a_cpu(missing, mon
         monkeypatch.setenv("CXX", str(tmp_path / "none"))
     else:
         monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert not recipe_settings("small").compile
+    assert not recipe_settings("small").machine.compile
     assert not TuneSettings().compile
-    assert read_settings(["--recipe", "small", "--compile"]).compile
+    assert flat_of(["--recipe", "small", "--compile"]).compile
 
 
 def test_all_but_the_short_run_on_a_cpu_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [recipe_settings(recipe).compile for recipe in ("digits", "small", "paper-100ep")] == [
+    assert [recipe_settings(recipe).machine.compile for recipe in ("digits", "small", "paper-100ep")] == [
         False,
         True,
         True,
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert recipe_settings("digits").compile
+    assert recipe_settings("digits").machine.compile
 
 
 @pytest.mark.parametrize("model", PAPER_50_EPOCHS)
 def test_50_epoch_recipes_carry_the_appendixs_numbers(model):
-    adamw = read_settings(["--recipe", "paper-50ep", "--model", model])
-    sgd = read_settings(["--recipe", "paper-50ep-sgd", "--model", model])
-    assert (adamw.opt, sgd.opt, adamw.epochs, sgd.epochs) == ("adamw", "sgd", 50, 50)
-    assert (adamw.lr, adamw.weight_decay, sgd.lr, sgd.weight_decay) == PAPER_50_EPOCHS[model]
-    assert replace(adamw, recipe=None, opt="", lr=1, weight_decay=0) == replace(
-        sgd, recipe=None, opt="", lr=1, weight_decay=0
-    )
+    adamw = settings_of(["--recipe", "paper-50ep", "--model", model])
+    sgd = settings_of(["--recipe", "paper-50ep-sgd", "--model", model])
+    assert (flat(adamw).opt, flat(sgd).opt, flat(adamw).epochs, flat(sgd).epochs) == ("adamw", "sgd", 50, 50)
+    assert (*rates(adamw), *rates(sgd)) == PAPER_50_EPOCHS[model]
+    alike = {"recipe": None, "opt": "", "lr": 1, "weight_decay": 0}
+    assert adamw.changed(**alike) == sgd.changed(**alike)
 
 
 @pytest.mark.parametrize("recipe", ["paper-50ep", "paper-50ep-sgd"])
@@ -105,21 +121,21 @@ def test_50_epochs_of_a_model_that_the_appendix_leaves_out_are_refused(recipe):
 
 
 def test_the_papers_recipes_train_vitc_4gf_unless_told_otherwise():
-    assert read_settings(["--recipe", "paper-100ep"]).model == "vitc_4gf"
+    assert flat_of(["--recipe", "paper-100ep"]).model == "vitc_4gf"
 
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (8, 1), (1, 16), (4, 8)])
 def test_processes_and_accumulation_share_the_papers_batch(processes, accumulate, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     for flags in (["--grad-accum-steps", str(accumulate)], [f"--grad-accum-steps={accumulate}"]):
-        s = read_settings(["--recipe", "paper-100ep", *flags])
+        s = flat_of(["--recipe", "paper-100ep", *flags])
         assert s.grad_accum_steps == accumulate
         assert s.batch_size * processes * accumulate == 2048
 
 
 def test_the_batch_of_other_recipes_is_not_shared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert read_settings(["--recipe", "small"]).batch_size == 64
+    assert flat_of(["--recipe", "small"]).batch_size == 64
 
 
 def test_flags_override_the_recipe():
@@ -135,42 +151,44 @@ def test_flags_override_the_recipe():
         "0.2",
         "0.9",
     ]
-    s = read_settings([*flags, "--augment", "none", "--epochs", "3"])
+    s = flat_of([*flags, "--augment", "none", "--epochs", "3"])
     assert (s.lr, s.batch_size, s.model_ema, s.crop_scale) == (0.5, 7, False, (0.2, 0.9))
     assert (s.augment, s.epochs, s.weight_decay) == ("none", 3, 0.24)
 
 
 def test_short_flags_name_batch_size_workers_and_output():
-    s = read_settings(["-b", "12", "-j", "3", "-o", "somewhere"])
+    s = flat_of(["-b", "12", "-j", "3", "-o", "somewhere"])
     assert (s.batch_size, s.workers, s.output) == (12, 3, "somewhere")
 
 
 def test_without_arguments_digits_are_trained_unmirrored():
-    s = read_settings([])
+    s = flat_of([])
     assert (s.recipe, s.model, s.data_dir, s.hflip) == ("digits", "vitc_nano", None, 0.0)
 
 
 def test_a_data_folder_gets_the_small_recipe():
-    s = read_settings(["--data-dir", "/images"])
+    s = flat_of(["--data-dir", "/images"])
     assert (s.recipe, s.model, s.augment, s.hflip) == ("small", "vitc_4gf", "randaugment", 0.5)
 
 
 def test_a_recipe_goes_before_the_one_the_data_suggests():
-    assert read_settings(["--data-dir", "/images", "--recipe", "digits"]).recipe == "digits"
+    assert flat_of(["--data-dir", "/images", "--recipe", "digits"]).recipe == "digits"
 
 
 def test_a_resumed_run_has_its_settings_unless_given_anew(tmp_path):
-    settings = replace(recipe_settings("small", "vitp_nano"), lr=0.125, output="first", image_size=(16, 32))
-    save_state(tmp_path / "state.pt", {"settings": settings.to_dict()})
-    resumed = read_settings(["--resume", str(tmp_path), "--log-every", "7"])
-    assert resumed == replace(settings, resume=str(tmp_path), output=None, log_every=7)
+    settings = recipe_settings("small", "vitp_nano").changed(lr=0.125, output="first", image_size=(16, 32))
+    saved = RunState(2, 50.0, {}, None, [], settings.to_dict(), ["a"], 1, {"attention": "torch"})
+    saved.save(tmp_path / STATE)
+    resumed, state = read_settings(["--resume", str(tmp_path), "--log-every", "7"])
+    assert resumed == settings.changed(resume=str(tmp_path), output=None, log_every=7)
+    assert state == saved
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         TrainSettings(),
-        TrainSettings(image_size=(32, 64), clip_grad=1.0, workers=0, output="a b", seed=3),
+        TrainSettings().changed(image_size=(32, 64), clip_grad=1.0, workers=0, output="a b", seed=3),
         recipe_settings("paper-400ep", "vitc_36gf", 16),
     ],
 )
@@ -185,7 +203,7 @@ def test_unknown_settings_are_named():
 
 @pytest.mark.parametrize(("given", "size"), [(None, None), ((48,), (48, 48)), ((32, 64), (32, 64))])
 def test_an_image_size_is_one_side_or_height_and_width(given, size):
-    assert TrainSettings(image_size=given).size() == size
+    assert DataSettings(image_size=given).size() == size
 
 
 OUT_OF_RANGE = {
@@ -220,7 +238,7 @@ OUT_OF_RANGE = {
 )
 def test_a_value_out_of_range_is_refused_by_its_flag(name, value):
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} "):
-        replace(TrainSettings(), **{name: value}).check()
+        TrainSettings().changed(**{name: value}).check()
 
 
 @pytest.mark.parametrize("recipe", ["digits", "small", "paper-50ep", "paper-50ep-sgd", "paper-100ep"])
@@ -232,7 +250,7 @@ def test_every_recipe_passes_the_check(recipe):
     "edge", [{"smoothing": 1}, {"workers": 0}, {"warmup_epochs": 0}, {"crop_ratio": 1}, {"model_ema_rate": 1}]
 )
 def test_values_at_the_end_of_their_range_pass(edge):
-    TrainSettings(**edge).check()
+    TrainSettings().changed(**edge).check()
 
 
 def test_the_help_names_every_setting(capsys):
@@ -240,10 +258,12 @@ def test_the_help_names_every_setting(capsys):
         read_settings(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert not [name for name in asdict(TrainSettings()) if f"--{name.replace('_', '-')}" not in text]
+    for group in ("data", "model", "optimisation", "machine", "run"):
+        assert f"{group} options" in text
+    assert not [name for name in TrainSettings().to_dict() if f"--{name.replace('_', '-')}" not in text]
 
 
 @pytest.mark.parametrize("flag", ["--data-dir", "--data_dir"])
 def test_underscores_in_flags_mean_hyphens_for_the_recipe_too(flag):
-    assert read_settings([f"{flag}=my_images"]).recipe == "small"
-    assert read_settings([flag, "my_images"]).data_dir == "my_images"
+    assert flat_of([f"{flag}=my_images"]).recipe == "small"
+    assert flat_of([flag, "my_images"]).data_dir == "my_images"

@@ -1,20 +1,25 @@
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from messages import one_line_of
 from torch import nn
 
-from fastvitc.training.state import STATE, load_state, save_state
+from fastvitc.training.state import STATE, RunState
 
-STATE_OF_A_RUN = {
-    "epoch": 3,
-    "best": 71.5,
-    "model": {"weight": torch.arange(12.0).view(3, 4), "count": torch.tensor(7)},
-    "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-    "ema": None,
-}
+STATE_OF_A_RUN = RunState(
+    epoch=3,
+    best=71.5,
+    model={"weight": torch.arange(12.0).view(3, 4), "count": torch.tensor(7)},
+    ema=None,
+    optimizers=[{"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+    settings={"lr": 0.1, "image_size": [32, 48], "output": None},
+    classes=["cat", "dog"],
+    world_size=2,
+    backends={"attention": "torch"},
+)
 
 
 def assert_equal(found, expected):
@@ -24,7 +29,7 @@ def assert_equal(found, expected):
 @pytest.fixture
 def state(tmp_path):
     path = tmp_path / "run" / "last" / STATE
-    save_state(path, STATE_OF_A_RUN)
+    STATE_OF_A_RUN.save(path)
     return path
 
 
@@ -35,36 +40,36 @@ def test_a_state_is_the_old_one_until_the_new_one_is_whole(failing, state, monke
 
     monkeypatch.setattr(*(os, "fsync", fail) if failing == "fsync" else ("pathlib.Path.replace", fail))
     with pytest.raises(OSError, match="no space left"):
-        save_state(state, {"epoch": 4})
+        replace(STATE_OF_A_RUN, epoch=4).save(state)
     monkeypatch.undo()
-    assert load_state(state)["epoch"] == 3
+    assert RunState.load(state).epoch == 3
     assert [p.name for p in state.parent.iterdir()] == [STATE]
 
 
 @pytest.mark.parametrize("levels", [0, 1, 2], ids=["file", "last", "run"])
 def test_a_state_is_found_by_file_last_folder_and_run_folder(levels, state):
     path = (state, *state.parents)[levels]
-    loaded = load_state(path)
-    assert {key: loaded[key] for key in STATE_OF_A_RUN}.keys() == STATE_OF_A_RUN.keys()
-    assert (loaded["epoch"], loaded["best"], loaded["ema"]) == (3, 71.5, None)
-    for part in ("model", "optimizer"):
-        assert_equal(loaded[part], STATE_OF_A_RUN[part])
+    loaded = RunState.load(path)
+    for part in ("model", "optimizers"):
+        assert_equal(getattr(loaded, part), getattr(STATE_OF_A_RUN, part))
+    plain = {"model": {}, "optimizers": []}
+    assert replace(loaded, **plain) == replace(STATE_OF_A_RUN, **plain)
 
 
 def test_the_last_state_of_a_run_goes_before_one_beside_it(state):
-    save_state(state.parents[1] / STATE, {"epoch": 1})
-    assert load_state(state.parents[1])["epoch"] == 3
+    replace(STATE_OF_A_RUN, epoch=1).save(state.parents[1] / STATE)
+    assert RunState.load(state.parents[1]).epoch == 3
 
 
 def test_nothing_to_resume_is_said(tmp_path):
-    assert "nothing to resume" in one_line_of(load_state, tmp_path / "run")
+    assert "nothing to resume" in one_line_of(RunState.load, tmp_path / "run")
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.02, 0.25, 0.5, 0.75, 0.95, 0.999])
 def test_a_truncated_state_is_refused(share, state):
     whole = state.read_bytes()
     state.write_bytes(whole[: int(share * len(whole))])
-    assert "cannot be read as a training state" in one_line_of(load_state, state)
+    assert "cannot be read as a training state" in one_line_of(RunState.load, state)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +77,7 @@ def test_a_truncated_state_is_refused(share, state):
 )
 def test_a_file_of_another_kind_is_refused(content, state):
     state.write_bytes(content)
-    assert str(state) in one_line_of(load_state, state)
+    assert str(state) in one_line_of(RunState.load, state)
 
 
 class Attack:
@@ -88,7 +93,7 @@ def test_code_in_a_state_is_not_run(write, state, tmp_path):
     trace = tmp_path / "trace"
     with state.open("wb") as file:
         write({"format": Attack(str(trace))}, file)
-    assert "cannot be read as a training state" in one_line_of(load_state, state)
+    assert "cannot be read as a training state" in one_line_of(RunState.load, state)
     assert not trace.exists()
 
 
@@ -97,4 +102,4 @@ def test_code_in_a_state_is_not_run(write, state, tmp_path):
 )
 def test_a_state_of_another_format_is_refused(other, state):
     torch.save(other, state)
-    assert "is not a training state of this version" in one_line_of(load_state, state)
+    assert "is not a training state of this version" in one_line_of(RunState.load, state)

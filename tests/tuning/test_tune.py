@@ -228,8 +228,10 @@ def test_a_command_line_that_cannot_be_ends_in_one_message_and_code_2(args, word
 
 
 def settle(settings=None, **changes):
-    settings = settings or TrainSettings(model="vitc_nano", precision="fp32", batch_size=4, compile=False)
-    return train_program.with_backends(replace(settings, **changes), Process(0, 1, CPU)).backend
+    settings = settings or TrainSettings().changed(
+        model="vitc_nano", precision="fp32", batch_size=4, compile=False
+    )
+    return train_program.with_backends(settings.changed(**changes), Process(0, 1, CPU)).model.backend
 
 
 @pytest.fixture
@@ -298,8 +300,8 @@ def test_a_measurement_that_fails_does_not_stop_training(tuned, monkeypatch, cap
 def test_other_processes_take_what_the_main_one_chose(tuned):
     main = {"attention": "flash", "bn_relu": "torch", "conv_stem": "torch"}
     other = SimpleNamespace(device=CPU, agree=lambda step: None, share=lambda value: value or main)
-    settings = TrainSettings(precision="fp32")
-    assert "attention=flash" in train_program.with_backends(settings, other).backend.split(",")
+    settings = TrainSettings().changed(precision="fp32")
+    assert "attention=flash" in train_program.with_backends(settings, other).model.backend.split(",")
     assert not tuned
 
 

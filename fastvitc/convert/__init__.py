@@ -1,9 +1,6 @@
 """State dicts to and from pycls, torchvision and timm.
 
-Every library is one table of names for the same parts, so any two tables make a converter. Sources of the
-names: pycls `pycls/models/vit.py`, on `main` and on the paper's branch `vitconfigs`;
-`torchvision.models.VisionTransformer`; `timm.models.VisionTransformer`, its conv stem being a `HybridEmbed`
-around a `ConvStem`.
+`fastvitc.convert.names` has a table of each library's names for the same parts; any two tables make a converter.
 
 A state dict does not hold strides, paddings, epsilons, the number of heads, the way tokens are pooled or the
 order of the image's channels. Of these only the last differs between equal models: pycls reads BGR images, so
@@ -14,145 +11,18 @@ import argparse
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastvitc.convert.names import ALL, OURS, PYCLS, TIMM, TORCHVISION, TORCHVISION_BEFORE_0_13, Format
 from fastvitc.errors import CheckpointError, UsageError
 
 __all__ = ["from_pycls", "from_timm", "from_torchvision", "load", "to_pycls", "to_timm", "to_torchvision"]
 
-_LEAVES = ("", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _LISTED = 10  # keys named in an error, of each kind
-
-
-@dataclass(frozen=True)
-class _Format:
-    """What precedes `weight`, `bias` and the like in the keys of each part of a model, {} being its index."""
-
-    library: str
-    names: dict[str, str]
-    bgr: bool = False
-    tokens_first: bool = False  # position embedding (S, 1, d), elsewhere (1, S, d)
-    three_channels: bool = False
-    needs_class_token: bool = False
-
-    @property
-    def always(self) -> str:
-        """What its models cannot do without, for the error message."""
-        return " and ".join(
-            ["3 input channels"] * self.three_channels + ["a class token"] * self.needs_class_token
-        )
-
-    def key(self, part: str, index: int, leaf: str) -> str:
-        return self.names[part].format(index) + leaf
-
-    def holds(self, state: Mapping[str, Any], part: str, index: int = 0) -> bool:
-        """Whether any tensor of the part is there."""
-        return any(self.key(part, index, leaf) in state for leaf in _LEAVES)
-
-
-_OURS = _Format(
-    "fastvitc",
-    {
-        "stem_conv": "stem.convs.{}.",
-        "stem_norm": "stem.norms.{}.",
-        "stem_closing": "stem.proj.",
-        "patchify": "stem.proj.",
-        "class_token": "class_token",
-        "pos_embed": "pos_embed",
-        "norm1": "blocks.{}.norm1.",
-        "qkv": "blocks.{}.attn.qkv.",
-        "attn_proj": "blocks.{}.attn.proj.",
-        "norm2": "blocks.{}.norm2.",
-        "fc1": "blocks.{}.mlp.fc1.",
-        "fc2": "blocks.{}.mlp.fc2.",
-        "norm": "norm.",
-        "head": "head.",
-    },
-)
-
-_TIMM = _Format(
-    "timm",
-    _OURS.names
-    | {
-        "stem_conv": "patch_embed.backbone.{}.conv.",
-        "stem_norm": "patch_embed.backbone.{}.bn.",
-        "stem_closing": "patch_embed.backbone.{}.conv.",
-        "patchify": "patch_embed.proj.",
-        "class_token": "cls_token",
-    },
-)
-
-_TORCHVISION = _Format(
-    "torchvision",
-    {
-        "stem_conv": "conv_proj.conv_bn_relu_{}.0.",
-        "stem_norm": "conv_proj.conv_bn_relu_{}.1.",
-        "stem_closing": "conv_proj.conv_last.",
-        "patchify": "conv_proj.",
-        "class_token": "class_token",
-        "pos_embed": "encoder.pos_embedding",
-        "norm1": "encoder.layers.encoder_layer_{}.ln_1.",
-        "qkv": "encoder.layers.encoder_layer_{}.self_attention.in_proj_",
-        "attn_proj": "encoder.layers.encoder_layer_{}.self_attention.out_proj.",
-        "norm2": "encoder.layers.encoder_layer_{}.ln_2.",
-        "fc1": "encoder.layers.encoder_layer_{}.mlp.0.",
-        "fc2": "encoder.layers.encoder_layer_{}.mlp.3.",
-        "norm": "encoder.ln.",
-        "head": "heads.head.",
-    },
-    three_channels=True,
-    needs_class_token=True,
-)
-_TORCHVISION_BEFORE_0_13 = replace(
-    _TORCHVISION,
-    names=_TORCHVISION.names
-    | {
-        "fc1": "encoder.layers.encoder_layer_{}.mlp.linear_1.",
-        "fc2": "encoder.layers.encoder_layer_{}.mlp.linear_2.",
-    },
-)
-
-_PYCLS_MAIN = _Format(
-    "pycls",
-    {
-        "stem_conv": "stem.cstem{}_conv.",
-        "stem_norm": "stem.cstem{}_bn.",
-        "stem_closing": "stem.cstem_last_conv.",
-        "patchify": "stem.patchify.",
-        "class_token": "class_token",
-        "pos_embed": "pos_embedding",
-        "norm1": "encoder.block_{}.ln_1.",
-        "qkv": "encoder.block_{}.self_attention.block.in_proj_",
-        "attn_proj": "encoder.block_{}.self_attention.block.out_proj.",
-        "norm2": "encoder.block_{}.ln_2.",
-        "fc1": "encoder.block_{}.mlp_block.linear_1.",
-        "fc2": "encoder.block_{}.mlp_block.linear_2.",
-        "norm": "encoder.ln.",
-        "head": "head.head_fc.",
-    },
-    bgr=True,
-    tokens_first=True,
-    three_channels=True,
-)
-_PYCLS = {
-    "main": _PYCLS_MAIN,
-    "vitconfigs": replace(
-        _PYCLS_MAIN,
-        tokens_first=False,
-        names=_PYCLS_MAIN.names
-        | {
-            "qkv": "encoder.block_{}.self_attention.attn_proj.",
-            "attn_proj": "encoder.block_{}.self_attention.out_proj.",
-        },
-    ),
-}
-
-_ALL = (_OURS, _TIMM, _TORCHVISION, _TORCHVISION_BEFORE_0_13, *_PYCLS.values())
 
 
 class _Slot(NamedTuple):
@@ -164,7 +34,7 @@ class _Slot(NamedTuple):
     dims: tuple[int | str, ...]
 
 
-def _layout(state: Mapping[str, Any], source: _Format, target: _Format) -> Iterator[_Slot]:
+def _layout(state: Mapping[str, Any], source: Format, target: Format) -> Iterator[_Slot]:
     """Every tensor that the model found in `state` must have, the first convolution's weight leading."""
 
     def affine(part: str, index: int, *dims: int | str) -> Iterator[_Slot]:
@@ -201,7 +71,7 @@ def _layout(state: Mapping[str, Any], source: _Format, target: _Format) -> Itera
         yield from affine("head", 0, "num_classes", "width")
 
 
-def _convert(state: Mapping[str, Tensor], variants: Iterable[_Format], target: _Format) -> dict[str, Tensor]:
+def _convert(state: Mapping[str, Tensor], variants: Iterable[Format], target: Format) -> dict[str, Tensor]:
     """From whichever of the source's variants fits best."""
     if not isinstance(state, Mapping):
         raise CheckpointError(f"expected a state dict, names to tensors, got {type(state).__name__}")
@@ -219,7 +89,7 @@ def _convert(state: Mapping[str, Tensor], variants: Iterable[_Format], target: _
 
 
 def _check(
-    state: Mapping[str, Any], expected: Mapping[str, tuple[int | str, ...]], source: _Format, target: _Format
+    state: Mapping[str, Any], expected: Mapping[str, tuple[int | str, ...]], source: Format, target: Format
 ) -> None:
     """Raise one CheckpointError that names every missing, unknown and misshaped tensor."""
     sizes = _sizes(state, expected)
@@ -241,7 +111,7 @@ def _check(
     ]
     lines += [f"  {kind} ({len(found)}): {_listed(found)}" for kind, found in problems.items() if found]
     lines += [f"  {form.library} always has {form.always}" for form in (source, target) if form.always]
-    closest = _closest(state, (source, *_ALL))
+    closest = _closest(state, (source, *ALL))
     if closest.library != source.library:
         lines.append(f"  the keys look like those of {closest.library}: convert from that instead")
     else:
@@ -280,7 +150,7 @@ def _listed(items: list[str]) -> str:
     return "; ".join(items[:_LISTED] + more)
 
 
-def _closest(state: Mapping[str, Any], formats: Iterable[_Format]) -> _Format:
+def _closest(state: Mapping[str, Any], formats: Iterable[Format]) -> Format:
     """The format that most of the keys belong to, the first of several."""
     return max(formats, key=lambda form: sum(form.key(*s[:3]) in state for s in _layout(state, form, form)))
 
@@ -293,7 +163,7 @@ def from_pycls(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: keys are missing, unknown or misshaped; the message lists them all.
     """
-    return _convert(state, _PYCLS.values(), _OURS)
+    return _convert(state, PYCLS.values(), OURS)
 
 
 def to_pycls(
@@ -311,9 +181,9 @@ def to_pycls(
         CheckpointError: as `from_pycls`; also if the images do not have 3 channels.
         UsageError: an unknown generation.
     """
-    if generation not in _PYCLS:
-        raise UsageError(f"generation must be one of {', '.join(_PYCLS)}, got {generation!r}")
-    return _convert(state, (_OURS,), _PYCLS[generation])
+    if generation not in PYCLS:
+        raise UsageError(f"generation must be one of {', '.join(PYCLS)}, got {generation!r}")
+    return _convert(state, (OURS,), PYCLS[generation])
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -322,7 +192,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: keys are missing, unknown or misshaped; the message lists them all.
     """
-    return _convert(state, (_TORCHVISION, _TORCHVISION_BEFORE_0_13), _OURS)
+    return _convert(state, (TORCHVISION, TORCHVISION_BEFORE_0_13), OURS)
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -334,7 +204,7 @@ def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: as `from_torchvision`; also without a class token or with other than 3 channels.
     """
-    return _convert(state, (_OURS,), _TORCHVISION)
+    return _convert(state, (OURS,), TORCHVISION)
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -346,7 +216,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: keys are missing, unknown or misshaped; the message lists them all.
     """
-    return _convert(state, (_TIMM,), _OURS)
+    return _convert(state, (TIMM,), OURS)
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -355,7 +225,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: keys are missing, unknown or misshaped; the message lists them all.
     """
-    return _convert(state, (_OURS,), _TIMM)
+    return _convert(state, (OURS,), TIMM)
 
 
 _READERS = {"pycls": from_pycls, "torchvision": from_torchvision, "timm": from_timm}

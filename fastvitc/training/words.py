@@ -1,0 +1,69 @@
+"""What the log says of a run in words: its first lines, the yardstick of the MFU, times."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvitc.models.complexity import complexity
+from fastvitc.training.assembly import Parts
+from fastvitc.tuning.machine import describe, flops_peak, versions
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What an MFU (model FLOPs utilisation) is a share of.
+
+    Attributes:
+        peak: floating-point operations per second of all processes' devices; a multiply-add is two.
+        source: where the peak comes from.
+        per_image: floating-point operations of training on one image, counted alike: three times the forward pass.
+    """
+
+    peak: float
+    source: str
+    per_image: float
+
+    def share(self, images_per_second: float) -> float:
+        """The MFU at a rate over all processes."""
+        return self.per_image * images_per_second / self.peak
+
+
+def yardstick(parts: Parts) -> Yardstick:
+    """The yardstick of a run: its settings' peak, else the device's."""
+    given = parts.settings.run.peak_tflops
+    if given is not None:
+        peak, source = given * 1e12, "as given"
+    else:
+        peak, source = flops_peak(parts.process.device, parts.dtype)
+    return Yardstick(peak * parts.process.world_size, source, 3 * 2 * complexity(parts.model).flops)
+
+
+def introduction(parts: Parts, yardstick: Yardstick, folder: Path) -> list[str]:
+    """The lines that open a run's log."""
+    s, o, counts = parts.settings, parts.settings.optimisation, complexity(parts.model)
+    height, width = parts.model.config.image_size
+    images = parts.train_loader.num_samples * parts.process.world_size
+    return [
+        f"{s.model.model}: {counts.params:,} parameters, {counts.flops / 1e9:.4f} GFLOPs forward at {height}x{width} "
+        "(a multiply-add or bias add is one)",
+        f"device: {describe(parts.process.device)}, {s.machine.precision}",
+        f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
+        f"ops: {', '.join(f'{op} {backend}' for op, backend in parts.backends.items())}",
+        f"data: {images:,} training images per epoch in {len(parts.classes)} classes, "
+        f"{type(parts.train_loader).__name__}",
+        f"recipe {o.recipe}: {o.opt}, learning rate {o.lr:g}, weight decay {o.weight_decay:g}, {o.epochs} epochs "
+        f"of {parts.steps} steps, {parts.images_per_step} images per step",
+        f"MFU: {yardstick.per_image / 1e9:.3g} GFLOP per training image (three times forward, a multiply-add is two), "
+        f"as a share of {yardstick.peak / 1e12:.3g} TFLOP/s ({yardstick.source})",
+        f"output: {folder}",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that tell it best: "12 s", "3 min 20 s", "2 h 5 min", "4 d 6 h"."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    rest, parts = round(seconds), []
+    for size, name in units:
+        count, rest = divmod(rest, size)
+        if count or parts or size == 1:
+            parts.append((count, name))
+    return " ".join(f"{count} {name}" for count, name in parts[:2] if count or len(parts) == 1)

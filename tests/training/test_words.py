@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from fastvitc import complexity
+from fastvitc.data import synthetic_index
+from fastvitc.training.assembly import assemble
+from fastvitc.training.process import Process
+from fastvitc.training.recipes import recipe_settings
+from fastvitc.training.words import Yardstick, duration, introduction, yardstick
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (60, "1 min"),
+        (200, "3 min 20 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (86400 + 30, "1 d"),
+        (4 * 86400 + 6 * 3600 + 59, "4 d 6 h"),
+    ],
+)
+def test_a_time_is_told_in_its_two_largest_units(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_an_mfu_is_the_share_of_the_peak():
+    assert Yardstick(peak=1e12, source="", per_image=2e9).share(100.0) == pytest.approx(0.2)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    settings = recipe_settings("digits").changed(
+        loader="synthetic", compile=False, batch_size=4, peak_tflops=2.0, threads=None
+    )
+    images = (synthetic_index(split, 8, 3) for split in ("train", "val"))
+    return assemble(settings, Process(0, 1, torch.device("cpu")), *images)
+
+
+def test_training_counts_as_three_forward_passes_with_a_multiply_add_as_two(parts):
+    found = yardstick(parts)
+    assert (found.peak, found.source) == (2e12, "as given")
+    assert found.per_image == 6 * complexity(parts.model).flops
+
+
+def test_the_log_opens_with_model_device_ops_data_recipe_and_yardstick(parts, tmp_path):
+    lines = introduction(parts, yardstick(parts), tmp_path)
+    starts = (
+        "vitc_nano: ",
+        "device: ",
+        "versions: ",
+        "ops: ",
+        "data: 8 ",
+        "recipe digits: ",
+        "MFU: ",
+        "output: ",
+    )
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
