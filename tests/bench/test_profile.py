@@ -11,7 +11,9 @@ CLOSE = {"rel": 1e-9}
 
 
 @pytest.fixture(
-    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+    scope="module",
+    params=[False, pytest.param(True, marks=[pytest.mark.full, pytest.mark.slow])],
+    ids=["eager", "compiled"],
 )
 def rows(request):
     return {row.group: row for row in profile.profile(CONFIG, 2, "auto", request.param, peak=1e12)}

@@ -151,10 +151,9 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("capability", "isa"), [("avx2", "AVX2"), pytest.param("default", "SSE41", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize(("capability", "isa"), [("avx2", "AVX2"), ("default", "SSE41")])
 def test_the_kernels_are_right_with_the_cpus_features_turned_off(capability, isa, cache):
     environment = {
         **os.environ,

@@ -59,15 +59,15 @@ def test_a_seed_fixes_the_weights(finished, few_digits, tmp_path):
     assert weights_hash(tmp_path / "other") != weights_hash(finished[0])
 
 
-@pytest.fixture(params=["one block", pytest.param("all blocks", marks=pytest.mark.full)])
-def blocks(request, monkeypatch):
-    """The nano model with all its blocks, or with one, which compiles sooner."""
-    if request.param == "one block":
-        monkeypatch.setitem(presets._PRESETS, "vitc_nano", replace(presets.preset("vitc_nano"), depth=1))
+@pytest.fixture(params=["one block of patches", pytest.param("whole", marks=pytest.mark.full)])
+def nano(request, monkeypatch):
+    """The nano model whole, or of one block and without its convolutions, which compiles sooner."""
+    if request.param != "whole":
+        monkeypatch.setitem(presets._PRESETS, "vitc_nano", replace(presets.preset("vitp_nano"), depth=1))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("nano")
 def test_the_compiled_run_is_deterministic_and_compiles_nothing_after_its_first_epoch(few_digits, tmp_path):
     options = ["--compile", "--epochs", 3, "--mixup", 0.2, "--cutmix", 0.2, "--grad-accum-steps", 2]
     logs = []
