@@ -19,6 +19,7 @@ test = [
     "pytest-xdist>=3.6",
     "setuptools>=77",
     *peers,
+    *runtimes,
     *dali,
 ]
 

@@ -39,6 +39,28 @@ class _Torch:
 _repeat_drawn_examples()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run what is marked full: minutes more")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked full, and puts first what is marked slow, for parallel processes to end together."""
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process that has nothing left takes over tests of another, unless --dist says otherwise."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -1,14 +1,18 @@
-"""A few training steps of the nano model, the same for every backend."""
+"""A few training steps of a small model, the same for every backend."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastvitc import VisionTransformer, create_model
+from fastvitc import VisionTransformer, ViTConfig
+from fastvitc.models.config import preset
 from fastvitc.training.optim import create_optimizers
 from fastvitc.training.process import Process
 from fastvitc.training.step import TrainStep
+
+NANO = replace(preset("vitc_nano"), num_classes=10)
 
 
 def trained(
@@ -19,11 +23,12 @@ def trained(
     *,
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
+    config: ViTConfig = NANO,
 ) -> tuple[list[float], VisionTransformer]:
-    """(the loss of each batch of uint8 images (B, 3, 32, 32) and labels, the model after them)."""
+    """(the loss of each batch of uint8 images and labels, the model after them)."""
     device = batches[0][0].device
     torch.manual_seed(0)
-    model = create_model("vitc_nano", num_classes=10, backend=backend)
+    model = VisionTransformer(config, backend=backend)
     torch.nn.init.normal_(model.head.weight, std=0.1)
     model = model.to(device, memory_format=torch.channels_last)
     step = TrainStep(

@@ -10,7 +10,11 @@ CONFIG = replace(preset("vitc_nano"), depth=1, num_classes=10)
 CLOSE = {"rel": 1e-9}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["eager", "compiled"])
+@pytest.fixture(
+    scope="module",
+    params=[False, pytest.param(True, marks=[pytest.mark.full, pytest.mark.slow])],
+    ids=["eager", "compiled"],
+)
 def rows(request):
     return {row.group: row for row in profile.profile(CONFIG, 2, "auto", request.param, peak=1e12)}
 

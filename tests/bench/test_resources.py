@@ -24,6 +24,8 @@ def resources(arch, path, root):
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=env)
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "unit"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_kernels_fit_and_use_the_units_of_the_architecture(arch, unit, tmp_path, request):
     done = resources(arch, tmp_path / "rows.json", request.config.rootpath)

@@ -3,76 +3,17 @@ import gc
 import os
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from loading import ALL, READING, index_of, load, order, pixels
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from fastvitc.data import (
-    Augment,
-    ImageIndex,
-    LoaderConfig,
-    create_loader,
-    digits_folder,
-    index_folder,
-    pil,
-    synthetic_index,
-)
+from fastvitc.data import Augment, pil, synthetic_index
 from fastvitc.data.decode import read_image
-from fastvitc.data.index import Files
 from fastvitc.data.policy import FILL, POLICIES, Policy, Step
-from fastvitc.errors import DataError, UsageError
-
-READING = ["pil", "dali"]
-ALL = [*READING, "synthetic"]
-SIZES = [(320, 213), (300, 400), (333, 217), (67, 333), (233, 233), (61, 47), (32, 32), (600, 80)]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """48 JPEGs of two photographs: eight sizes, colour, gray and CMYK, baseline and progressive."""
-    root = tmp_path_factory.mktemp("photos")
-    for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
-        for size in SIZES:
-            for mode in ("RGB", "L", "CMYK"):
-                image = Image.fromarray(pixels).resize(size).convert(mode)
-                path = root / f"{name}-{size[0]}x{size[1]}-{mode}.jpg"
-                image.save(path, quality=90, progressive=size[0] % 2 == 0)
-    return index_of(sorted(root.iterdir()))
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return index_folder(digits_folder(tmp_path_factory.mktemp("cache")))
-
-
-def index_of(paths, split="train"):
-    files = Files(list(map(str, paths)))
-    return ImageIndex(split, "", ("all",), files, np.arange(len(paths)))
-
-
-def load(kind, index, **options):
-    """A loader whose labels are the places in the index, so that they tell which image came."""
-    settings = {"training": True, "batch_size": 10, "image_size": (32, 48), "workers": 0}
-    return create_loader(kind, LoaderConfig(index, device=torch.device("cpu"), **settings | options))
-
-
-def pixels(loader):
-    return torch.cat([batch.images for batch in loader]).int()
-
-
-def order(loader):
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(batch.labels for batch in loader)]).tolist()
-
-
-def difference(index, **options):
-    """(mean, maximum) of |PIL - DALI|, in 1/255, per image and channel."""
-    pil, dali = (pixels(load(kind, index, **options)) for kind in READING)
-    distance = (pil - dali).abs().double()
-    return distance.mean((1, 2, 3)), distance.amax((1, 2, 3))
+from fastvitc.errors import UsageError
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -112,16 +53,6 @@ def test_the_training_images_of_two_ranks_are_disjoint(kind, photos):
     first, second = (set(order(load(kind, photos, rank=rank, world_size=2))) for rank in range(2))
     assert len(first) == len(second) == 20
     assert not first & second
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_all_loaders_yield_the_same_order(training, photos):
-    orders = []
-    for kind in ALL:
-        loader = load(kind, photos, training=training, seed=3)
-        loader.seek(2)
-        orders.append(order(loader))
-    assert orders[0] == orders[1] == orders[2]
 
 
 @pytest.mark.parametrize("kind", READING)
@@ -220,68 +151,6 @@ def test_loaders_leave_the_global_random_states_alone(kind, photos):
     assert np.array_equal(np.random.get_state()[1], states[1])
 
 
-# Agreement of PIL and DALI, in units of 1/255. Measured on these photographs, mean of the worst image and maximum:
-# 0.20 and 1 in evaluation; 0.24 and 19 where the crop reaches the image's edge, for PIL leaves what lies beyond it out
-# of the average and DALI repeats the last pixel; 0.22 and 10 in training, likewise at the window's edge.
-
-
-@pytest.mark.parametrize("image_size", [(224, 224), (96, 160), (31, 33)])
-@pytest.mark.parametrize(("crop_ratio", "bound"), [(0.875, 1), (1.0, 32)])
-def test_pil_and_dali_agree_on_validation_photographs(image_size, crop_ratio, bound, photos):
-    mean, most = difference(photos, training=False, image_size=image_size, crop_ratio=crop_ratio)
-    assert mean.max() < 0.3
-    assert most.max() <= bound
-
-
-def test_pil_and_dali_agree_on_validation_digits(digits):
-    mean, most = difference(digits[1], training=False, image_size=(32, 32), batch_size=64)
-    assert mean.max() < 0.3
-    assert most.max() <= 1
-
-
-@pytest.mark.parametrize("image_size", [(96, 96), (64, 112)])
-def test_pil_and_dali_take_the_same_random_crops_and_flips(image_size, photos):
-    mean, most = difference(photos, image_size=image_size)
-    assert mean.max() < 0.3
-    assert most.max() <= 32
-
-
-# The same, mean of the worst image. Measured: 1.0 for auto_contrast, 10.4 for equalize (their formulas differ), below
-# 0.45 for those that only relabel values, up to 1.2 for the rest.
-@pytest.mark.parametrize(
-    ("op", "value", "bound"),
-    [
-        ("auto_contrast", 0, 2.5),
-        ("equalize", 0, 14),
-        ("invert", 0, 0.3),
-        ("posterize", 2, 0.5),
-        ("posterize", 7, 0.5),
-        ("solarize", 100, 0.5),
-        ("solarize", 256, 0.3),
-        ("solarize_add", 77, 0.5),
-        *((op, value, 2) for op in ("brightness", "contrast", "color", "sharpness") for value in (-0.6, 0.9)),
-        ("shear_x", 0.3, 2),
-        ("shear_y", -0.2, 2),
-        ("translate_x", 0.2, 2),
-        ("translate_y", -0.31, 2),
-        ("rotate", 27, 2),
-    ],
-)
-def test_pil_and_dali_carry_out_each_operation_alike(op, value, bound, photos, monkeypatch):
-    monkeypatch.setitem(POLICIES, "none", Policy(((Step(op, value),),)))
-    assert difference(photos, image_size=(48, 64))[0].max() < bound
-
-
-def test_every_operation_of_the_policies_is_compared():
-    compared = next(
-        mark.args[1]
-        for mark in test_pil_and_dali_carry_out_each_operation_alike.pytestmark
-        if mark.name == "parametrize"
-    )
-    used = {step.op for policy in POLICIES.values() for stage in policy.stages for step in stage}
-    assert used - {op for op, *_ in compared} == {"identity"}
-
-
 @pytest.mark.parametrize("kind", READING)
 def test_warps_fill_with_gray(kind, photos, monkeypatch):
     monkeypatch.setitem(POLICIES, "none", Policy(((Step("translate_x", 0.5),),)))
@@ -312,90 +181,6 @@ def test_crops_cover_the_expected_share_of_the_image(kind, tmp_path):
     assert extents.prod(1).mean() == pytest.approx(0.4, abs=3 * 0.4 / 12**0.5 / 500**0.5)
     flipped = (images[:, 1, 8, 0] > images[:, 1, 8, -1]).float().mean()
     assert flipped == pytest.approx(0.5, abs=3 * 0.5 / 500**0.5)
-
-
-@pytest.mark.parametrize("kind", READING)
-@pytest.mark.parametrize("name", ["palette.png", "gray.png", "alpha.png", "see-through.png", "plain.webp"])
-def test_any_colour_mode_becomes_rgb(kind, name, tmp_path):
-    colour = Image.new("RGB", (40, 40), (200, 100, 50))
-    gray = Image.new("L", (40, 40), 120)
-    images = {
-        "palette.png": colour.convert("P", palette=Image.Palette.ADAPTIVE),
-        "gray.png": gray,
-        "alpha.png": Image.merge("RGBA", [*colour.split(), Image.new("L", (40, 40), 30)]),
-        "see-through.png": colour.convert("P", palette=Image.Palette.ADAPTIVE),
-        "plain.webp": colour,
-    }
-    options = {"transparency": b"\x10\x20"} if name == "see-through.png" else {}
-    options = {"lossless": True} if name == "plain.webp" else options
-    images[name].save(tmp_path / name, **options)
-    expected = (120,) * 3 if name == "gray.png" else (200, 100, 50)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = pixels(load(kind, index_of([tmp_path / name]), training=False))
-    assert found.amax((0, 2, 3)).tolist() == found.amin((0, 2, 3)).tolist() == list(expected)
-
-
-@pytest.mark.parametrize("kind", READING)
-def test_exif_orientation_is_ignored(kind, tmp_path):
-    image = Image.new("RGB", (60, 40), "white")
-    image.paste("black", (0, 0, 30, 40))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    for training in (False, True):
-        options = {"training": training, "batch_size": 1, "augment": Augment(scale=(0.9, 1), hflip=0)}
-        (found,) = pixels(load(kind, index_of([tmp_path / "turned.jpg"]), **options))
-        assert found[..., 4].max() < 20
-        assert found[..., -4].min() > 235
-
-
-def broken(path, how):
-    whole = path.with_name("whole.jpg")
-    Image.new("RGB", (64, 64), "red").save(whole)
-    contents = {
-        "truncated": whole.read_bytes()[: whole.stat().st_size // 2],
-        "empty": b"",
-        "text": b"<html>not found</html>",
-    }
-    if how != "missing":
-        path.write_bytes(contents[how])
-    return [whole] * 9 + [path]
-
-
-@pytest.mark.parametrize(("kind", "workers"), [("pil", 0), ("pil", 1), ("dali", 1)])
-@pytest.mark.parametrize("how", ["truncated", "empty", "text", "missing"])
-@pytest.mark.parametrize("training", [True, False])
-def test_a_file_that_cannot_be_read_is_named(kind, workers, how, training, tmp_path):
-    index = index_of(broken(tmp_path / "bad.jpg", how))
-    loader = load(kind, index, training=training, batch_size=2, workers=workers)
-    with pytest.raises(DataError) as caught:
-        pixels(loader)
-    message = str(caught.value)
-    assert message.startswith(f"cannot read the image {tmp_path / 'bad.jpg'}: ")
-    assert "Traceback" not in message
-
-
-@pytest.mark.parametrize("kind", READING)
-def test_the_batches_before_a_bad_file_arrive_and_the_loader_lives_on(kind, tmp_path):
-    loader = load(kind, index_of(broken(tmp_path / "bad.jpg", "text")), training=False, batch_size=2)
-    for _ in range(2):
-        arrived = []
-        with pytest.raises(DataError):
-            arrived.extend(loader)
-        assert len(arrived) == 4
-    abandoned = iter(loader)
-    for _ in range(3):  # the bad file has been read ahead
-        next(abandoned)
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "bad.jpg")
-    assert len(list(loader)) == 5
-
-
-def test_a_file_that_only_dali_cannot_read_is_told_apart(tmp_path):
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "really.gif")
-    (tmp_path / "really.gif").rename(tmp_path / "named.jpg")
-    with pytest.raises(DataError, match=r"DALI failed on a batch whose files PIL can read: .*named\.jpg"):
-        pixels(load("dali", index_of([tmp_path / "named.jpg"]), training=False))
 
 
 def test_a_missing_dali_says_what_to_install(photos, monkeypatch):

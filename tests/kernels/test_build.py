@@ -75,6 +75,7 @@ def test_where_it_cannot_run_auto_goes_on_info_says_why_and_an_explicit_choice_r
         attention(qkv, 1, backend="native")
 
 
+@pytest.mark.slow
 def test_processes_that_need_it_at_once_build_it_once_and_later_ones_not_at_all(tmp_path, empty):
     source = tmp_path / "native.cpp"
     source.write_text(TINY)
@@ -85,8 +86,8 @@ def test_processes_that_need_it_at_once_build_it_once_and_later_ones_not_at_all(
         )
 
     with ThreadPoolExecutor() as pool:
-        answers = [*pool.map(run, range(3)), run(None)]
-    assert [answer.stdout.split() for answer in answers] == [["None", "1"]] * 4, answers[0].stderr
+        answers = [*pool.map(run, range(2)), run(None)]
+    assert [answer.stdout.split() for answer in answers] == [["None", "1"]] * 3, answers[0].stderr
     assert sum("built in" in answer.stderr for answer in answers) == 1
     assert len(list((empty / "native").glob("*.so"))) == 1
 
@@ -150,6 +151,8 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 """
 
 
+@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "isa"), [("avx2", "AVX2"), ("default", "SSE41")])
 def test_the_kernels_are_right_with_the_cpus_features_turned_off(capability, isa, cache):
     environment = {

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,10 +7,12 @@ from bench.models import trained_like
 from fastvitc import UsageError, optimize_for_inference
 from fastvitc.models.config import preset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():
-    return trained_like(preset("vitc_nano")).eval()
+    return trained_like(replace(preset("vitc_nano"), depth=1)).eval()
 
 
 def images(batch):
@@ -63,7 +67,7 @@ def test_the_compiled_code_takes_at_most_two_of_its_tensors_as_arguments(model, 
     monkeypatch.setattr(freezing, "freeze", spy)
     optimize_for_inference(model)(images(2))
     assert len(kept) == 1
-    assert 1 <= kept[0] <= 2  # of more than fifty
+    assert 1 <= kept[0] <= 2  # of some thirty
 
 
 def test_an_image_of_another_size_is_told_as_by_the_model(model):

@@ -1,23 +1,11 @@
 import io
-import math
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
-from types import SimpleNamespace
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
-from torch import nn
 
-from fastvitc.errors import UsageError
-from fastvitc.training import meter
-from fastvitc.training.meter import Meter
-from fastvitc.training.process import Process, pick_device, process_group
 from fastvitc.training.report import EpochRow, Reporter, draw_curves, read_summary
-from fastvitc.tuning import machine
 
-ALONE = Process(0, 1, torch.device("cpu"))
 ROWS = [
     EpochRow(i, 2.3 / i, 2.0 + 1 / 3, 60.1 + i, 95.0, 1e-3 / i, 1234.5, 0.01, 0.1 + 0.2, 7.25)
     for i in (1, 2, 3)
@@ -139,142 +127,6 @@ def test_tensorboard_gets_epochs_and_points(tmp_path):
         (30, 63.1),
     ]
     assert [e.step for e in events.Scalars("step/loss")] == [5, 9, 13]
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still but where a test moves its `now`."""
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    return clock
-
-
-def test_the_loss_is_the_mean_over_all_steps_even_those_before_a_restart(clock):
-    measured = Meter(8, ALONE)
-    measured.add(torch.tensor(1.0))
-    measured.restart()
-    for loss in (2.0, 6.0):
-        measured.add(torch.tensor(loss))
-    assert measured.mean_loss() == 3.0
-
-
-def test_no_step_has_no_mean_loss(clock):
-    assert math.isnan(Meter(8, ALONE).mean_loss())
-
-
-def test_rates_count_the_time_since_the_restart(clock):
-    measured = Meter(8, ALONE)
-    clock.now += 50
-    measured.add(torch.tensor(1.0))
-    assert measured.restart() == 50
-    for _ in range(3):
-        with measured.waiting():
-            clock.now += 1
-        clock.now += 3
-        measured.add(torch.tensor(1.0))
-    assert measured.rates() == (3 * 8 / 12, 3 / 12)
-
-
-def test_rates_before_any_time_has_passed_are_finite(clock):
-    assert all(math.isfinite(rate) for rate in Meter(8, ALONE).rates())
-
-
-def test_a_package_that_is_missing_is_listed_as_such(monkeypatch):
-    real = machine.version
-
-    def version(package):
-        if package == "timm":
-            raise PackageNotFoundError(package)
-        return real(package)
-
-    monkeypatch.setattr(machine, "version", version)
-    found = machine.versions()
-    assert found["timm"] == "not installed"
-    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
-    assert {"python", "torchvision", "triton", "xformers"} <= found.keys()
-
-
-def test_peaks_are_the_work_over_the_median_time(monkeypatch):
-    monkeypatch.setattr(machine, "_seconds", lambda call, device, rounds: (call(), 0.5)[1])
-    cpu = torch.device("cpu")
-    assert machine.matmul_peak(cpu, torch.float32, size=16) == 2 * 16**3 / 0.5
-    assert machine.copy_peak(cpu, megabytes=1) == 2 * 2**20 / 0.5
-
-
-def test_measured_peaks_are_positive():
-    cpu = torch.device("cpu")
-    assert machine.matmul_peak(cpu, torch.bfloat16, size=16, rounds=2) > 0
-    assert machine.copy_peak(cpu, megabytes=1, rounds=2) > 0
-
-
-def test_the_yardstick_of_a_cpu_is_measured(monkeypatch):
-    monkeypatch.setattr(machine, "matmul_peak", lambda device, dtype: 7.0)
-    assert machine.flops_peak(torch.device("cpu"), torch.bfloat16) == (7.0, "measured bfloat16 matmul")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [
-        (torch.bfloat16, (989e12, "NVIDIA H100 80GB HBM3 data sheet, dense bfloat16")),
-        (torch.float32, (7.0, "measured float32 matmul")),
-    ],
-)
-def test_the_yardstick_of_a_known_gpu_is_its_data_sheet_in_half_precision_only(dtype, expected, monkeypatch):
-    monkeypatch.setattr(machine, "describe", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(machine, "matmul_peak", lambda device, dtype: 7.0)
-    assert machine.flops_peak(torch.device("cuda"), dtype) == expected
-
-
-def test_the_processor_is_described_with_its_threads():
-    assert f"{torch.get_num_threads()} threads" in machine.describe(torch.device("cpu"))
-
-
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("name", ["gpu", "cpu:x", "mps", "meta", ""])
-def test_an_unknown_device_is_refused(name):
-    with pytest.raises(UsageError, match=f"unknown device '{name}'; use auto, cpu or cuda"):
-        pick_device(name)
-
-
-@pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_a_gpu_that_is_not_there_is_refused(name):
-    with pytest.raises(UsageError, match=f"device '{name}' was asked for, but PyTorch finds no CUDA device"):
-        pick_device(name)
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_auto_is_the_cpu_without_a_gpu():
-    assert pick_device("auto") == torch.device("cpu")
-
-
-def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == torch.device("cuda")
-
-
-@pytest.mark.parametrize("world_size", [None, "1"])
-def test_a_process_alone_is_the_main_one_of_one(world_size, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size is not None:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
-    with process_group("cpu") as process:
-        assert (process.rank, process.world_size, process.is_main) == (0, 1, True)
-        assert not torch.distributed.is_initialized()
-
-
-def test_collectives_of_a_process_alone_change_nothing():
-    with process_group("cpu") as process:
-        assert process.sum(torch.tensor(3.0)) == 3
-        norm = nn.BatchNorm1d(2)
-        norm.running_mean.fill_(5)
-        process.average_statistics(norm)
-        assert (norm.running_mean == 5).all()
 
 
 def test_a_resumed_run_keeps_what_tensorboard_had(tmp_path):

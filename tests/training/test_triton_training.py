@@ -4,27 +4,37 @@ import few_steps
 import pytest
 import torch
 
-from fastvitc import create_model
+from fastvitc import StemConfig, VisionTransformer, ViTConfig, create_model
 from fastvitc.kernels import Layers, attention, bn_relu, conv_stem
 
+pytestmark = pytest.mark.slow
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-IMAGES = torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(
-    DEVICE, torch.uint8
+#: Small enough for the interpreter.
+SMALL = ViTConfig(
+    StemConfig((16, 32, 32), (3, 3, 1), (2, 2, 1)),
+    32,
+    64,
+    heads=2,
+    depth=2,
+    image_size=(16, 16),
+    num_classes=10,
 )
+CONFIG = few_steps.NANO if DEVICE.type == "cuda" else SMALL
+IMAGES = torch.randint(256, (2, 3, *CONFIG.image_size), generator=torch.Generator().manual_seed(0))
+IMAGES = IMAGES.to(DEVICE, torch.uint8)
 BATCH = [(IMAGES, torch.tensor([1, 4], device=DEVICE))]
 
 
 def trained(backend, optimizer, lr, steps, dtype=torch.float32, compile=False):
-    return few_steps.trained(BATCH * steps, backend, optimizer, lr, dtype=dtype, compile=compile)
+    options = {"dtype": dtype, "compile": compile, "config": CONFIG}
+    return few_steps.trained(BATCH * steps, backend, optimizer, lr, **options)
 
 
 def test_three_steps_end_at_the_weights_and_statistics_of_the_reference():
     (_, expected), (_, found) = (trained(backend, "sgd", 0.05, 3) for backend in ("reference", "triton"))
     for (name, e), f in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
         torch.testing.assert_close(f, e, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
-    moved = create_model("vitc_nano", num_classes=10).stem.norms[0].running_mean
+    moved = VisionTransformer(CONFIG).stem.norms[0].running_mean
     assert not torch.equal(found.stem.norms[0].running_mean.cpu(), moved)
 
 
