@@ -15,12 +15,15 @@ import torch
 from fastvitc.data.augment import Augment
 from fastvitc.data.index import ImageIndex
 from fastvitc.data.sampling import Order
-from fastvitc.errors import UsageError
+from fastvitc.errors import DataError, UsageError
 from fastvitc.ranges import at_least, check_ranges, share
+
+NO_SPARE = "an image cannot be read, and neither can any that may replace it: all of the next batch"
 
 
 class Batch(NamedTuple):
-    """images: uint8 (B, 3, H, W) in channels_last memory, RGB, not normalised. labels: int64 (B,)."""
+    """images: uint8 (B, 3, H, W) in channels_last memory, RGB, not normalised. labels: int64 (B,), −1 for an image that
+    could not be read."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -41,6 +44,7 @@ class LoaderConfig:
         seed: fixes order and augmentation, from 0.
         rank, world_size: which share of the images this process gets.
         workers: PIL's processes (0: none) or DALI's threads; None takes `default_workers`.
+        bad_share: what share of the images may be unreadable; any above 0 lets one be.
 
     Raises:
         UsageError: a value out of range, or fewer training images than one batch on each rank.
@@ -57,6 +61,7 @@ class LoaderConfig:
     rank: Annotated[int, at_least(0)] = 0
     world_size: int = 1
     workers: Annotated[int | None, at_least(0)] = None
+    bad_share: Annotated[float, share()] = 0.01
 
     def __post_init__(self) -> None:
         # with the index of the GPU that "cuda" means
@@ -91,19 +96,34 @@ class Loader(ABC):
 
     The same epoch comes again until `seek`; an iteration may be left early. Training batches are all full and equally
     many on each rank; evaluation yields each image once over all ranks, in a shorter last batch if need be.
+
+    An image that cannot be read is replaced in training, see `Samples`; in evaluation its label is −1. `bad` maps such
+    images' numbers to the reason.
     """
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config, self.order = config, config.order
         self._epoch = self._first = 0
+        self.bad: dict[int, str] = {}
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
         """The batches from where `seek` points to the end of the epoch.
 
         Raises:
-            DataError: an image cannot be read; the message names it.
+            DataError: more images cannot be read than `bad_share` allows; the message names one.
         """
+
+    def _set_aside(self, number: int, reason: str) -> None:
+        """Note that an image cannot be read."""
+        self.bad[number] = reason
+        images, limit = len(self.config.index), self.config.bad_share
+        allowed = max(1, int(limit * images)) if limit else 0
+        if len(self.bad) > allowed:
+            raise DataError(
+                f"{len(self.bad)} of {images} images cannot be read, more than the allowed {allowed}; "
+                f"replace them, or raise --bad-share. The last: {reason}"
+            )
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -113,6 +133,10 @@ class Loader(ABC):
     def num_samples(self) -> int:
         """Images per epoch on this rank."""
         return self.order.samples
+
+    def version(self) -> str:
+        """What decodes, with its version: another one may give other pixels."""
+        return type(self).__name__
 
     def seek(self, epoch: int, batch: int = 0) -> None:
         """Choose where the next iteration begins: an epoch (its order and its augmentation), and a batch of it."""

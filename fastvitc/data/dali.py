@@ -5,20 +5,24 @@ resizes and carries out the policy. So the pipeline keeps no random state: any b
 augments an image the same way.
 """
 
-from collections.abc import Iterator
+import io
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fastvitc.data.augment import ATTEMPTS, AugmentSampler, covered_size
-from fastvitc.data.base import Batch, Loader, LoaderConfig
+from fastvitc.data.base import NO_SPARE, Batch, Loader, LoaderConfig
 from fastvitc.data.decode import read_image
 from fastvitc.data.policy import FILL, OPS, POLICIES
+from fastvitc.data.sampling import Samples
 from fastvitc.errors import DataError, UsageError
 
 try:
+    import nvidia.dali
     from nvidia.dali import fn, math, pipeline_def, types
     from nvidia.dali.auto_aug import augmentations
     from nvidia.dali.auto_aug.core import select
@@ -29,29 +33,41 @@ except ImportError as error:
     ) from error
 
 
+_AHEAD = 4  # batches that a failure may be of: the one at hand, and what is read before it is asked for
+
+
 class DaliLoader(Loader):
     """Decodes in `workers` threads, or in one for 0; on a CUDA device with its JPEG decoder."""
 
     def __init__(self, config: LoaderConfig) -> None:
         super().__init__(config)
-        self._source = _Source(config)
+        self._source = _Source(config, self.bad)
         self._pipeline: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
         device, batches = self.config.device, self.order.epoch(self._epoch, self._first)
         self._rewind()
         self._source.begin(self._epoch, batches)
-        for samples in batches:
+        place = 0
+        while place < len(batches):
             try:
                 stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
                 images, labels = self._pipeline.run(stream)
-            except RuntimeError as error:
+            except (RuntimeError, DataError) as error:
                 self.close()
-                raise self._unreadable(samples, error) from error
+                for number, reason in self._unreadable(batches[place : place + _AHEAD], error):
+                    self._set_aside(number, reason)
+                self._rewind()
+                self._source.begin(self._epoch, batches[place:])
+                continue
+            place += 1
             yield Batch(
                 torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2),
                 torch.from_dlpack(labels.as_tensor()),
             )
+
+    def version(self) -> str:
+        return f"DALI {nvidia.dali.__version__} on {self.config.device.type}"
 
     def close(self) -> None:
         self._pipeline = None
@@ -79,23 +95,43 @@ class DaliLoader(Loader):
             )
             self._pipeline.build()
 
-    def _unreadable(self, samples: np.ndarray, error: RuntimeError) -> DataError:
-        """The error that names the bad file; DALI's own names none."""
-        for sample in samples:
+    def _unreadable(self, batches: list[Samples], error: Exception) -> list[tuple[int, str]]:
+        """(number, reason) of the images that made a batch fail; DALI's own error names none."""
+        index = self.config.index
+        numbers = [n for samples in batches for n in self._source.chosen(samples) if n is not None]
+        found = []
+        for number in numbers:
             try:
-                read_image(self.config.index, sample)
+                read_image(index, number)
             except DataError as named:
-                return named
-        files = ", ".join(self.config.index.name(sample) for sample in samples)
-        reason = " ".join(str(error).rpartition("encountered:")[2].split())
-        return DataError(f"DALI failed on a batch whose files PIL can read: {reason}; the files: {files}")
+                found.append((number, str(named)))
+        if found:
+            return found
+        for number in numbers:  # what PIL can decode and DALI cannot
+            try:
+                pipeline = _decoding(
+                    index.read(number),
+                    self.config,
+                    batch_size=1,
+                    num_threads=1,
+                    device_id=self.config.device.index,
+                )
+                pipeline.run()
+            except RuntimeError as refused:
+                reason = " ".join(str(refused).rpartition("encountered:")[2].split())
+                found.append((number, f"DALI cannot decode the image {index.name(number)}: {reason}"))
+        if not found:
+            raise DataError(
+                f"DALI failed on a batch whose images it can decode one by one: {error}"
+            ) from error
+        return found
 
 
 class _Source:
     """What is fed to the pipeline for each batch of an epoch: labels, encoded images, and in training the draws."""
 
-    def __init__(self, config: LoaderConfig) -> None:
-        self._index = config.index
+    def __init__(self, config: LoaderConfig, bad: Container[int]) -> None:
+        self._index, self._bad = config.index, bad
         self._threads, self._readers = max(1, config.workers), None
         self._sampler = AugmentSampler(config.augment, config.image_size, config.seed)
         self.stages = len(POLICIES[config.augment.policy].stages)
@@ -108,7 +144,7 @@ class _Source:
                 self.ndims += [1, 1, 3]
         self.begin(0, [])
 
-    def begin(self, epoch: int, batches: list[np.ndarray]) -> None:
+    def begin(self, epoch: int, batches: list[Samples]) -> None:
         self._epoch, self._batches = epoch, batches
 
     def close(self) -> None:
@@ -119,18 +155,40 @@ class _Source:
     def __call__(self, number: int) -> tuple[Any, ...]:
         if number >= len(self._batches):
             raise StopIteration
-        samples = self._batches[number]
+        chosen = self.chosen(self._batches[number])
         if self._readers is None:
             self._readers = ThreadPoolExecutor(self._threads)
-        draws = self._sampler.draw(self._epoch, samples)
+        draws = self._sampler.draw(self._epoch, np.array([0 if n is None else n for n in chosen]))
         return (
-            self._index.labels[samples],
-            list(self._readers.map(self._encoded, samples)),
+            np.array([-1 if n is None else self._index.labels[n] for n in chosen], np.int64),
+            list(self._readers.map(self._encoded, chosen)),
             *map(np.ascontiguousarray, (*draws[:3], *draws.policy)),
         )[: len(self.dtypes)]
 
-    def _encoded(self, sample: int) -> np.ndarray:
-        return np.frombuffer(self._index.read(sample), np.uint8)
+    def chosen(self, samples: Samples) -> list[int | None]:
+        """The numbers of the images in a batch's places; None where none can be read."""
+        places = range(len(samples.numbers))
+        found = [next((n for n in samples.candidates(p) if n not in self._bad), None) for p in places]
+        if len(samples.spares) and None in found:
+            raise DataError(NO_SPARE)
+        return found
+
+    def _encoded(self, number: int | None) -> np.ndarray:
+        return np.frombuffer(_BLANK if number is None else self._index.read(number), np.uint8)
+
+
+def _blank() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "png")
+    return file.getvalue()
+
+
+_BLANK = _blank()
+
+
+@pipeline_def
+def _decoding(encoded, config):
+    return fn.decoders.image(types.Constant(np.frombuffer(encoded, np.uint8)), device=_decoder(config))
 
 
 @pipeline_def

@@ -4,7 +4,10 @@ To a loader an image is a number: `ImageIndex.read(number)` gives its bytes. For
 files, write another `Source`.
 """
 
+import errno
+import hashlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,8 @@ import numpy as np
 from fastvitc.errors import DataError
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PASSING = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+_WAITS = (0.1, 1.0)  # seconds before a read is tried again
 _LAYOUT = "expected {train,val}/<class>/<image>"
 
 
@@ -65,6 +70,14 @@ class ImageIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """A hash of the images' names and labels: another one means other images, or another order."""
+        found = hashlib.sha256(f"{self.split} {len(self)} {self.classes}".encode())
+        found.update(np.ascontiguousarray(self.labels).tobytes())
+        for number in range(len(self) if self.source is not None else 0):
+            found.update(os.fsencode(self.name(number).removeprefix(self.root)) + b"\0")
+        return found.hexdigest()
+
     def read(self, number: int) -> bytes:
         """The bytes of an encoded image.
 
@@ -72,11 +85,18 @@ class ImageIndex:
             DataError: they cannot be read; the message names the image.
         """
         assert self.source is not None
+        for wait in _WAITS:  # what a network's file system cannot give now it may give soon
+            try:
+                return self.source.read(number)
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    break
+            time.sleep(wait)
         try:
             return self.source.read(number)
         except OSError as error:
             raise DataError(
-                f"cannot read the image {self.name(number)}: {error.strerror or error}; replace or remove the file"
+                f"cannot read the image {self.name(number)}: {error.strerror or error}"
             ) from error
 
     def name(self, number: int) -> str:

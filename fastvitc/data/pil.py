@@ -1,19 +1,24 @@
 """Decoding with PIL in worker processes: runs anywhere, and is the reference for the other loaders."""
 
 import gc
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastvitc.data.augment import AugmentSampler, Draws, centre_box, crop_window
-from fastvitc.data.base import Batch, Loader, LoaderConfig
+from fastvitc.data.base import NO_SPARE, Batch, Loader, LoaderConfig
 from fastvitc.data.decode import read_image
 from fastvitc.data.policy import FILL, OPS
-from fastvitc.data.sampling import Order
+from fastvitc.data.sampling import Order, Samples
 from fastvitc.errors import DataError
+
+#: Images (B, H, W, 3), labels, and the (number, reason) of what cannot be read.
+_Loaded = tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]
 
 
 class PilLoader(Loader):
@@ -34,35 +39,50 @@ class PilLoader(Loader):
                 num_workers=self.config.workers,
                 persistent_workers=self.config.workers > 0,
                 pin_memory=self.config.device.type == "cuda",
+                worker_init_fn=_leave_signals_alone,
                 generator=torch.Generator(),  # else each epoch would advance the global one
             )
-        for batch in self._begin(self._batches):
-            if isinstance(batch, DataError):
-                self.close()
-                raise batch
-            images, labels = (tensor.to(self.config.device, non_blocking=True) for tensor in batch)
-            yield Batch(images.permute(0, 3, 1, 2), labels)
+        try:
+            for images, labels, bad in self._begin(self._batches):
+                for number, reason in bad:
+                    self._set_aside(number, reason)
+                if self.config.training and (labels < 0).any():
+                    raise DataError(NO_SPARE)
+                images, labels = (t.to(self.config.device, non_blocking=True) for t in (images, labels))
+                yield Batch(images.permute(0, 3, 1, 2), labels)
+        except DataError:
+            self.close()
+            raise
 
     @staticmethod
-    def _begin(batches: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor] | DataError]:
+    def _begin(batches: DataLoader) -> Iterator[_Loaded]:
         gc.freeze()  # a forked worker that collected this process's garbage could wait for its threads for ever
         try:
             return iter(batches)
         finally:
             gc.unfreeze()
 
+    def version(self) -> str:
+        return f"PIL {PIL.__version__}"
+
     def close(self) -> None:
         self._batches = None  # the workers end with it, so nothing that it holds may refer back to the loader
 
 
+def _leave_signals_alone(_: int) -> None:
+    """A signal to the whole process group is the main process's to answer; it ends the workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Order(Sampler):
-    """(epoch, sample numbers) of each batch of an epoch, from batch number `first` on."""
+    """(epoch, samples) of each batch of an epoch, from batch number `first` on."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
         self.epoch = self.first = 0
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[int, Samples]]:
         for samples in self._order.epoch(self.epoch, self.first):
             yield self.epoch, samples
 
@@ -71,27 +91,41 @@ class _Order(Sampler):
 
 
 class _Batches(Dataset):
-    """Whole batches by (epoch, sample numbers), as images (B, H, W, 3) and labels, or what was wrong with a file."""
+    """Whole batches by (epoch, samples). One image is open at a time: photographs may be large."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
         self._sampler = AugmentSampler(config.augment, config.image_size, config.seed)
+        self._bad: dict[int, str] = {}
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
+    def __getitem__(self, key: tuple[int, Samples]) -> _Loaded:
         epoch, samples = key
+        known = set(self._bad)
+        pixels = np.zeros((len(samples.numbers), *self._config.image_size, 3), np.uint8)
+        labels = np.full(len(samples.numbers), -1)
+        for place in range(len(pixels)):
+            for number in samples.candidates(place):
+                image = self._read(number)
+                if image is not None:
+                    pixels[place] = np.asarray(self._prepared(image, epoch, number))
+                    labels[place] = self._config.index.labels[number]
+                    break
+        bad = [(number, reason) for number, reason in self._bad.items() if number not in known]
+        return torch.from_numpy(pixels), torch.from_numpy(labels), bad
+
+    def _read(self, number: int) -> Image.Image | None:
+        if number in self._bad:
+            return None
         try:
-            images = [read_image(self._config.index, sample) for sample in samples]
+            return read_image(self._config.index, number)
         except DataError as error:
-            return error  # raised in a worker, it would arrive as the text of a traceback
+            self._bad[number] = str(error)
+            return None
+
+    def _prepared(self, image: Image.Image, epoch: int, number: int) -> Image.Image:
         if self._config.training:
-            draws = self._sampler.draw(epoch, samples)
-            images = [self._augmented(image, draws, i) for i, image in enumerate(images)]
-        else:
-            images = [self._centre(image) for image in images]
-        return (
-            torch.from_numpy(np.stack([np.asarray(image) for image in images])),
-            torch.from_numpy(self._config.index.labels[samples]),
-        )
+            return self._augmented(image, self._sampler.draw(epoch, np.array([number])), 0)
+        return self._centre(image)
 
     def _augmented(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         height, width = self._config.image_size

@@ -1,8 +1,25 @@
 """Which samples each rank sees in which order: a pure function of seed, epoch, rank and world size."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Samples(NamedTuple):
+    """The sample numbers of a batch, int64 (batch_size,).
+
+    In training `spares` are those of the next batch: a sample that cannot be read is replaced by the spare in its
+    place, or by the next one that can. In evaluation there are none: such a sample counts as not seen.
+    """
+
+    numbers: np.ndarray
+    spares: np.ndarray
+
+    def candidates(self, place: int) -> list[int]:
+        """The sample in a place, and what may replace it, in order."""
+        spares = np.roll(self.spares, -place)
+        return [int(self.numbers[place]), *map(int, spares)]
 
 
 @dataclass(frozen=True)
@@ -35,12 +52,14 @@ class Order:
             return self.batches * self.batch_size
         return len(range(self.rank, self.n, self.world_size))
 
-    def epoch(self, epoch: int, first: int = 0) -> list[np.ndarray]:
-        """The sample numbers, int64, of each batch of an epoch from batch number `first` on."""
+    def epoch(self, epoch: int, first: int = 0) -> list["Samples"]:
+        """The samples of each batch of an epoch from batch number `first` on."""
         if self.training:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
         else:
             order = np.arange(self.n)
         mine = order[self.rank :: self.world_size][: self.samples]
         size = self.batch_size
-        return [mine[i * size : (i + 1) * size] for i in range(first, self.batches)]
+        batches = [mine[i * size : (i + 1) * size] for i in range(self.batches)]
+        following = [*batches[1:], *batches[:1]] if self.training else [mine[:0]] * self.batches
+        return list(map(Samples, batches, following))[first:]

@@ -22,7 +22,7 @@ class SyntheticLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         labels = torch.from_numpy(self.config.index.labels)
-        for samples in self.order.epoch(self._epoch, self._first):
+        for samples, _ in self.order.epoch(self._epoch, self._first):
             yield Batch(
                 self._images[: len(samples)],
                 labels[torch.from_numpy(samples)].to(self.config.device, non_blocking=True),

@@ -28,7 +28,7 @@ def test_an_image_is_a_number_that_the_index_reads(tmp_path):
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     index = index_split(make(tmp_path, "val/a/1.jpg"))
     (tmp_path / "val/a/1.jpg").unlink()
-    with pytest.raises(DataError, match=r"cannot read the image .*1\.jpg: No such file.* replace or remove"):
+    with pytest.raises(DataError, match=r"cannot read the image .*1\.jpg: No such file"):
         index.read(0)
 
 
