@@ -1,8 +1,12 @@
 """Files that are whole or not there, and the folder for what can be made again."""
 
+import errno
+import fcntl
 import os
 import secrets
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _UNFINISHED = ".unfinished"
@@ -14,6 +18,38 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     return (Path(shared) if shared else Path.home() / ".cache") / "fastvitc"
+
+
+def private_folder(folder: Path) -> Path:
+    """A folder below the cache that only this user can write to; it is made where it is missing.
+
+    What is loaded from the cache runs as this user, so it must be nobody else's.
+
+    Raises:
+        OSError: it cannot be made, or others could have put something there.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_private(folder)
+    return folder
+
+
+def check_private(path: Path) -> None:
+    """Raise PermissionError for a file or folder that another user owns, or may write to."""
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EACCES, f"{path} belongs to another user", str(path))
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            errno.EACCES, f"others may write to {path}: chmod go-w takes that away", str(path)
+        )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file that other processes wait for. The system lets go of it when this process ends."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastvitc.files import cache_folder, write_atomically
+from fastvitc.files import cache_folder, locked, write_atomically
 from fastvitc.kernels.cpu.cpuinfo import cpu_name
 
 
@@ -56,23 +56,31 @@ def measured(device: torch.device, dtype: torch.dtype | None = None) -> dict[str
 def record(device: torch.device, dtype: torch.dtype, results: Mapping[str, Measured]) -> None:
     """Put measurements into the file, beside those of other devices, dtypes and ops; warns where it cannot."""
     path = choices_file()
-    entries, key = _read(path), _key(device)
-    here = entries.setdefault(key, {})
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")):  # what another process measures meanwhile is not lost
+            text = _merged(path, device, dtype, results)
+            write_atomically(path, lambda temporary: temporary.write_text(text))
+    except OSError as error:
+        _merged(path, device, dtype, results)
+        warnings.warn(
+            f"cannot write the measured backends to {path} ({error.strerror}); they hold for this process. "
+            "Set FASTVITC_CACHE to a writable folder",
+            stacklevel=2,
+        )
+
+
+def _merged(path: Path, device: torch.device, dtype: torch.dtype, results: Mapping[str, Measured]) -> str:
+    """The file's text with new measurements, which this process knows from now on."""
+    entries = _read(path)
+    here = entries.setdefault(_key(device), {})
     here[_name(dtype)] = {**here.pop(_name(dtype), {}), **results}  # the last measured comes last
     _known[_place(device)] = here
     plain = {
         k: {d: {op: asdict(result) for op, result in ops.items()} for d, ops in by_dtype.items()}
         for k, by_dtype in entries.items()
     }
-    text = json.dumps(plain, indent=2) + "\n"
-    try:
-        write_atomically(path, lambda temporary: temporary.write_text(text))
-    except OSError as error:
-        warnings.warn(
-            f"cannot write the measured backends to {path} ({error.strerror}); they hold for this process. "
-            "Set FASTVITC_CACHE to a writable folder",
-            stacklevel=2,
-        )
+    return json.dumps(plain, indent=2) + "\n"
 
 
 def _read(path: Path) -> dict[str, _ByDtype]:

@@ -5,7 +5,6 @@ features in use, so that a change of any builds another. One process builds, und
 wait. `CXX` names the compiler, `FASTVITC_CXXFLAGS` adds to its flags.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fastvitc.files import cache_folder, write_atomically
+from fastvitc.files import cache_folder, check_private, locked, private_folder, write_atomically
 from fastvitc.kernels.cpu.cpuinfo import cpu_flags
 
 #: PyTorch's name of the CPU features in use (`ATEN_CPU_CAPABILITY` lowers it) → the compiler's flags for them.
@@ -55,12 +54,39 @@ def _obstacle() -> str | None:
     try:
         compiler = _compiler()
         flags = _flags()
-        path = cache_folder() / "native" / f"{_key(compiler, flags)}.so"
-        if path.exists() or not _build(path, flags):
+        path = _folder() / f"{_key(compiler, flags)}.so"
+        if _is_whole(path) or not _build(path, flags):
             torch.ops.load_library(path)
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
     return None
+
+
+def _folder() -> Path:
+    folder = cache_folder() / "native"
+    try:
+        return private_folder(folder)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write to {folder} ({error.strerror}); set FASTVITC_CACHE to a folder of your own"
+        ) from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library was built before and is as it was then; a truncated one would end the process that loads it."""
+    if not path.exists() or not _digest_file(path).exists():
+        return False
+    check_private(path)
+    check_private(_digest_file(path))
+    return _digest_file(path).read_text() == _digest(path)
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _compiler() -> str:
@@ -102,16 +128,8 @@ def _key(compiler: str, flags: list[str]) -> str:
 
 def _build(path: Path, flags: list[str]) -> bool:
     """Build the library into `path` and load it; False if another process has meanwhile built it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("w")
-    except OSError as error:
-        raise RuntimeError(
-            f"cannot write to {path.parent} ({error.strerror}); set FASTVITC_CACHE to a writable folder"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
+    with locked(path.with_suffix(".lock")):
+        if _is_whole(path):
             return False
         for unfinished in path.parent.glob(f".{path.stem}.*"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -126,6 +144,7 @@ def _build(path: Path, flags: list[str]) -> bool:
                 )
                 raise
             write_atomically(path, lambda temporary: shutil.copyfile(built, temporary))
+            write_atomically(_digest_file(path), lambda temporary: temporary.write_text(_digest(path)))
         print(f"fastvitc: built in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         return True
 

@@ -62,7 +62,7 @@ def test_a_failed_build_gives_the_compilers_message_and_leaves_nothing(monkeypat
 def test_a_cache_that_cannot_be_written_names_the_variable_to_set(monkeypatch, empty):
     (empty / "file").write_text("")
     monkeypatch.setenv("FASTVITC_CACHE", str(empty / "file"))
-    assert "set FASTVITC_CACHE to a writable folder" in obstacle()
+    assert "set FASTVITC_CACHE to a folder of your own" in obstacle()
 
 
 def test_where_it_cannot_run_auto_goes_on_info_says_why_and_an_explicit_choice_raises(monkeypatch):
@@ -116,6 +116,37 @@ def test_the_flags_are_those_of_the_cpu_features_in_use(capability, expected, mo
     assert any(expected in flag for flag in flags)
     assert f"-DCPU_CAPABILITY={capability}" in flags
     assert ("-mavx512f" in flags) == (capability == "AVX512")
+
+
+@pytest.fixture
+def tiny_library(empty, tmp_path, monkeypatch):
+    """The library of a source of one line, built; its file."""
+    source = tmp_path / "native.cpp"
+    source.write_text(TINY)
+    run = subprocess.run(
+        [sys.executable, "-c", BUILD_TINY, str(source)], capture_output=True, text=True, timeout=250
+    )
+    assert run.stdout.split() == ["None", "1"], run.stderr
+    (library,) = (empty / "native").glob("*.so")
+    return library, source
+
+
+@pytest.mark.slow
+def test_a_damaged_library_is_built_again_and_one_that_others_may_write_is_refused(tiny_library):
+    library, source = tiny_library
+
+    def answer():
+        command = [sys.executable, "-c", BUILD_TINY, str(source)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+    library.write_bytes(library.read_bytes()[:1000])
+    again = answer()
+    assert again.stdout.split() == ["None", "1"], again.stderr
+    library.chmod(0o666)
+    assert f"others may write to {library}" in answer().stdout
+    library.chmod(0o600)
+    library.parent.chmod(0o777)
+    assert f"others may write to {library.parent}" in answer().stdout
 
 
 def test_other_devices_have_no_native_kernels():
