@@ -12,7 +12,8 @@ from torch import Tensor
 from fastvitc.errors import CheckpointError
 from fastvitc.files import write_atomically
 from fastvitc.kernels import Choice
-from fastvitc.models.config import StemConfig, ViTConfig
+from fastvitc.models.config import ViTConfig
+from fastvitc.models.stems import STEMS
 from fastvitc.models.vit import VisionTransformer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -20,8 +21,14 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 def save_model(folder: Path, model: VisionTransformer, **notes: Any) -> None:
     """Write a model's weights and configuration into a folder; `notes` (JSON values) go into the configuration."""
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    config = {"model": asdict(model.config), **notes}
+    save_weights(folder, model.config, model.state_dict(), **notes)
+
+
+def save_weights(folder: Path, config: ViTConfig, state: dict[str, Tensor], **notes: Any) -> None:
+    """`save_model` of a model's configuration and state dict."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    stem_type = next(name for name, kind in STEMS.items() if type(config.stem) is kind)
+    config = {"model": {**asdict(config), "stem_type": stem_type}, **notes}
     write_atomically(folder / WEIGHTS, lambda path: path.write_bytes(save(weights)))
     write_atomically(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
@@ -50,8 +57,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _model_config(entry: dict[str, Any]) -> ViTConfig:
-    stem = StemConfig(**{key: tuple(value) for key, value in entry["stem"].items()})
-    return ViTConfig(**{**entry, "stem": stem, "image_size": tuple(entry["image_size"])})
+    values = {**entry, "image_size": tuple(entry["image_size"])}
+    stem = STEMS[values.pop("stem_type", "conv")]
+    values["stem"] = stem(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["stem"].items()})
+    return ViTConfig(**values)
 
 
 def load_model(folder: str | Path, *, backend: Choice = "auto") -> VisionTransformer:

@@ -1,12 +1,15 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from messages import one_line_of
 
-from fastvitc import create_model
+from fastvitc import StemConfig, VisionTransformer, create_model
+from fastvitc.models.config import preset
 from fastvitc.models.saved import CONFIG, WEIGHTS, load_model, load_weights, read_config, save_model
+from fastvitc.models.stems import STEMS
 
 
 def assert_equal(found, expected):
@@ -60,6 +63,7 @@ def test_the_configuration_is_json_with_the_notes(tmp_path):
     assert config == read_config(tmp_path)
     assert (config["classes"], config["epoch"]) == (["cat", "dög"], 4)
     assert config["model"]["stem"]["channels"] == [24, 48, 96, 96]
+    assert config["model"]["stem_type"] == "conv"
 
 
 def test_written_files_follow_the_umask(saved):
@@ -125,3 +129,17 @@ def test_weights_of_another_model_are_refused_in_a_line_of_bearable_length():
     message = one_line_of(load_weights, create_model("vitc_nano"), weights)
     assert "these weights do not fit the model" in message
     assert len(message) < 700
+
+
+def test_another_kind_of_stem_comes_back_as_itself(tmp_path, monkeypatch):
+    class OtherStem(StemConfig):
+        """A stem of somebody else's."""
+
+    monkeypatch.setitem(STEMS, "other", OtherStem)
+    config = preset("vitc_nano")
+    stem = OtherStem(config.stem.channels, config.stem.kernels, config.stem.strides)
+    model = VisionTransformer(replace(config, stem=stem))
+    save_model(tmp_path, model)
+    assert type(load_model(tmp_path).config.stem) is OtherStem
+    (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text().replace('"other"', '"unheard-of"'))
+    assert "unheard-of" in one_line_of(load_model, tmp_path)
