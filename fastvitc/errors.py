@@ -17,5 +17,13 @@ class DataError(FastvitcError):
     """A data folder or file cannot be used."""
 
 
+class Interrupted(FastvitcError):
+    """A run was asked to stop, and its state is saved."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class CheckpointError(FastvitcError):
     """A checkpoint cannot be read, or does not fit what it is to be loaded into."""

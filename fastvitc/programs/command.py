@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tyro
 
-from fastvitc.errors import FastvitcError
+from fastvitc.errors import FastvitcError, Interrupted
 from fastvitc.kernels import BackendUnavailable
 
 Settings = TypeVar("Settings")
@@ -23,6 +23,9 @@ def run_command(name: str, body: Callable[[], None]) -> None:
         # Whoever read the output has seen enough, as `head` does. What is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Interrupted as stopped:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except FastvitcError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

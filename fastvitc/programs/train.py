@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,21 +10,20 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastvitc.data import ImageIndex, digits_folder, index_folder, synthetic_index
 from fastvitc.errors import FastvitcError, UsageError
-from fastvitc.files import write_atomically
 from fastvitc.kernels import BackendUnavailable, chosen
 from fastvitc.models.config import preset
 from fastvitc.programs.command import parse, run_command
 from fastvitc.training.assembly import assemble
+from fastvitc.training.folder import RunFolder
 from fastvitc.training.process import Process, process_group
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.run import Run
 from fastvitc.training.settings import Recipe, TrainSettings
-from fastvitc.training.state import STATE, RunState, state_file
+from fastvitc.training.state import RunState, newest_state, state_files
 from fastvitc.tuning.machine import PRECISIONS, describe
 from fastvitc.tuning.measure import Setting
 from fastvitc.tuning.tune import measures_at_start, table, tune, unmeasured
@@ -38,22 +36,38 @@ def read_settings(args: Sequence[str]) -> tuple[TrainSettings, RunState | None]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--data-dir", "--model", "--recipe", "--resume"):
         early.add_argument(flag)
+    early.add_argument("--output", "-o")
     early.add_argument("--grad-accum-steps", type=int, default=1)
     try:
         known, _ = early.parse_known_args([_with_hyphens(arg) for arg in args])
     except argparse.ArgumentError:
         return parse(TrainSettings, PROGRAM, args), None  # says what is wrong and exits
     if known.resume is not None:
-        state = RunState.load(Path(known.resume))
-        saved = TrainSettings.from_dict(state.settings).changed(resume=known.resume, output=None)
-        settings = parse(TrainSettings, PROGRAM, args, saved)
-        settings.check_continues(saved)
-        return settings, state
+        found = _resumed(known.resume, known.output)
+        if found is not None:
+            folder, state = found
+            saved = TrainSettings.from_dict(state.settings).changed(output=None)
+            settings = parse(TrainSettings, PROGRAM, args, saved)
+            settings.check_continues(saved)
+            return settings.changed(resume=str(folder)), state
     recipe = known.recipe or ("digits" if known.data_dir is None else "small")
     if recipe not in get_args(Recipe):
         return parse(TrainSettings, PROGRAM, args), None  # prints the choices and exits
     shares = int(os.environ.get("WORLD_SIZE", "1")) * max(known.grad_accum_steps, 1)
     return parse(TrainSettings, PROGRAM, args, recipe_settings(recipe, known.model, shares)), None
+
+
+def _resumed(resume: str, output: str | None) -> tuple[Path, RunState] | None:
+    """(folder, newest state) of the run to go on with; None where `auto` finds none yet."""
+    if resume != "auto":
+        if output is not None:
+            raise UsageError(
+                "a resumed run goes on in its own folder; leave out --output, or copy the folder first"
+            )
+        return newest_state(Path(resume))
+    if output is None:
+        raise UsageError("--resume auto needs the run's folder: give it with --output")
+    return newest_state(Path(output)) if state_files(Path(output)) else None
 
 
 def _with_hyphens(arg: str) -> str:
@@ -71,31 +85,18 @@ def find_images(settings: TrainSettings) -> tuple[ImageIndex, ImageIndex]:
     return index_folder(digits_folder())
 
 
-def output_folder(settings: TrainSettings) -> Path:
-    """The run's folder, made and known to be writable; it holds no other run."""
+def output_folder(settings: TrainSettings, state: RunState | None) -> RunFolder:
+    """The run's folder; it holds no other run."""
     run = settings.run
-    if run.resume is not None:
-        if run.output is not None:
-            raise UsageError(
-                "a resumed run goes on in its own folder; leave out --output, or copy the folder first"
-            )
-        folder = state_file(Path(run.resume)).parent.parent
-    else:
-        default = Path("runs", f"{settings.model.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder = default if run.output is None else Path(run.output)
-        if (folder / "last" / STATE).exists():
-            raise UsageError(
-                f"{folder} already holds a run; choose another --output, or continue it with --resume {folder}"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise FastvitcError(
-            f"cannot write to the output folder {folder} ({error.strerror}); choose another --output"
-        ) from error
-    return folder
+    if state is not None:
+        return RunFolder(Path(run.resume), run.keep)
+    default = Path("runs", f"{settings.model.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    path = default if run.output is None else Path(run.output)
+    if state_files(path):
+        raise UsageError(
+            f"{path} already holds a run; choose another --output, or continue it with --resume {path}"
+        )
+    return RunFolder(path, run.keep)
 
 
 def with_backends(settings: TrainSettings, process: Process) -> TrainSettings:
@@ -150,20 +151,27 @@ def _measure(settings: TrainSettings, device: torch.device) -> None:
 
 
 def train(settings: TrainSettings, state: RunState | None = None) -> Path | None:
-    """Train as the settings say, from the state where there is one; the run's folder, on the main process."""
+    """Train as the settings say, from the state where there is one; the run's folder, on the main process.
+
+    Raises:
+        Interrupted: the run was asked to stop; its state is saved.
+    """
     settings.check()
     if settings.machine.threads is not None:
         torch.set_num_threads(settings.machine.threads)
     with process_group(settings.machine.device) as process:
-        images = find_images(settings)
+        images = process.share(process.agree(lambda: find_images(settings)))
         settings = with_backends(settings, process)
-        run = Run(assemble(settings, process, *images, state), state)
-        folder = process.agree(lambda: output_folder(settings))
-        if folder is not None:
-            text = yaml.safe_dump(settings.to_dict(), sort_keys=False)
-            write_atomically(folder / "args.yaml", lambda path: path.write_text(text))
-        run.train(folder)
-        return folder
+        parts = assemble(settings, process, *images, state)
+        folder = process.agree(lambda: output_folder(settings, state))
+        try:
+            if folder is not None:
+                folder.save_settings(settings.to_dict())
+            Run(parts, state, folder).train()
+        finally:
+            if folder is not None:
+                folder.close()
+        return None if folder is None else folder.path
 
 
 def main() -> None:

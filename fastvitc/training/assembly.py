@@ -1,8 +1,11 @@
 """Puts a run together from its settings: data, model, optimisers, step and evaluation. Nothing is written here."""
 
+import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastvitc.data import Augment, ImageIndex, Loader, LoaderConfig, create_loader
@@ -15,7 +18,7 @@ from fastvitc.training.mix import Mixing
 from fastvitc.training.optim import ModelEma, Schedule, create_optimizers, paper_ema_rate
 from fastvitc.training.process import Process
 from fastvitc.training.settings import TrainSettings
-from fastvitc.training.state import RunState
+from fastvitc.training.state import RunState, on_host
 from fastvitc.training.step import TrainStep
 from fastvitc.tuning.machine import PRECISIONS, autocast
 
@@ -25,6 +28,7 @@ class Parts:
     """What a run is made of.
 
     `steps` are those of an epoch, `images_per_step` those of all processes. `backends` says what each op runs on.
+    `data` is a digest of what decides which images come in which order and how they look.
     """
 
     settings: TrainSettings
@@ -43,11 +47,29 @@ class Parts:
     mixing: Mixing
     step: TrainStep
     evaluate: Evaluator
+    data: str
 
     @property
     def evaluated(self) -> VisionTransformer:
         """The model that is evaluated and saved: the average where one is kept."""
         return self.model if self.ema is None else self.ema.model
+
+    def own_state(self) -> dict[str, Any]:
+        """What is this process's own: the running statistics of its batches, on the host."""
+        return {"statistics": on_host([list(pair) for pair in self._statistics()])}
+
+    def restore_own(self, state: dict[str, Any]) -> None:
+        """Go on from what `own_state` gave."""
+        for pair, saved in zip(self._statistics(), state["statistics"], strict=True):
+            for tensor, value in zip(pair, saved, strict=True):
+                tensor.copy_(value)
+
+    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (norm.running_mean, norm.running_var)
+            for norm in self.model.modules()
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        ]
 
     def close(self) -> None:
         """Release the loaders' processes and threads."""
@@ -71,7 +93,7 @@ def assemble(
     s, dtype = settings, PRECISIONS[settings.machine.precision]
     backends = chosen(process.device, s.model.backend, dtype)
     if state is not None:
-        state.check_fits(s, list(train.classes), process.world_size)
+        _check_fits(state, s, list(train.classes), process.world_size)
     torch.manual_seed(s.machine.seed)
     model = create_model(
         s.model.model,
@@ -97,8 +119,15 @@ def assemble(
     images_per_step = o.batch_size * o.grad_accum_steps * process.world_size
     optimizers = create_optimizers(model, o.opt, lr=o.lr, weight_decay=o.weight_decay)
     ema = _ema(s, model, steps, images_per_step) if o.model_ema else None
+    data = _data_digest(train, val, train_loader, s, process.world_size)
     if state is not None:
+        if state.data != data and not s.run.resume_anyway:
+            raise UsageError(
+                "the images or the loader are not those that the run began with, so it cannot go on exactly. "
+                "Give it the same, or add --resume-anyway to go on from the start of its epoch"
+            )
         _restore(state, model, ema, optimizers)
+    process.same_weights(model)
     return Parts(
         settings=s,
         process=process,
@@ -131,7 +160,32 @@ def assemble(
             batch_size=o.batch_size,
             compile=s.machine.compile,
         ),
+        data=data,
     )
+
+
+def _check_fits(state: RunState, settings: TrainSettings, classes: list[str], world_size: int) -> None:
+    """Raise UsageError where a run of these settings, classes and processes cannot go on from a state."""
+    for what, then, now in (
+        ("classes", state.classes, classes),
+        ("number of processes", len(state.processes), world_size),
+    ):
+        if then != now:
+            raise UsageError(
+                f"a resumed run keeps its {what}: it was {then}, now {now}. Start another run instead"
+            )
+    if state.epoch >= settings.optimisation.epochs:
+        raise UsageError(
+            f"the run at {settings.run.resume} has finished its {state.epoch} epochs; ask for more with --epochs"
+        )
+
+
+def _data_digest(
+    train: ImageIndex, val: ImageIndex, loader: Loader, settings: TrainSettings, world_size: int
+) -> str:
+    parts = train.digest(), val.digest(), loader.version(), loader.config.augment, loader.config.image_size
+    order = settings.machine.seed, settings.optimisation.batch_size, world_size
+    return hashlib.sha256(repr((parts, order)).encode()).hexdigest()
 
 
 def _try_ops(model: VisionTransformer, device: torch.device, dtype: torch.dtype) -> None:
@@ -159,6 +213,7 @@ def _loader(
         rank=process.rank,
         world_size=process.world_size,
         workers=data.workers,
+        bad_share=data.bad_share,
     )
     return create_loader(data.loader, config)
 

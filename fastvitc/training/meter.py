@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,16 @@ class Meter:
         self._loss: Tensor | None = None
         self._losses = 0
         self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def state(self) -> dict[str, Any]:
+        """This process's sum of losses, and how many they are."""
+        return {"loss": self._loss, "losses": self._losses}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; times start anew."""
+        self._loss, self._losses = state["loss"], state["losses"]
+        if self._loss is not None:
+            self._loss = self._loss.to(self._process.device)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

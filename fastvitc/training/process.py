@@ -23,6 +23,7 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # messages between the hosts, which no device has to wait for
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +57,20 @@ class Process:
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.average(statistic for norm in norms for statistic in (norm.running_mean, norm.running_var))
 
+    def same_weights(self, module: nn.Module) -> None:
+        """Give every process the main one's parameters and buffers."""
+        if self.world_size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
+    def gather(self, value: T) -> list[T]:
+        """Each process's value, on every process, in the order of the ranks."""
+        values: list[T] = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def agree(self, step: Callable[[], T]) -> T | None:
         """What `step` gives on the main process, None elsewhere; an error there ends every process."""
         result, error = None, None
@@ -74,6 +89,35 @@ class Process:
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0, device=self.device)
         return cast(T, values[0])
+
+
+class Poll:
+    """Asks all processes what they want, once a step: the largest of their requests holds for all.
+
+    With several processes the answer is to the requests of the step before, so that no step waits for the network.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._asked: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, request: int) -> int:
+        """The largest request of all processes; every process must ask equally often."""
+        if self._process.world_size == 1:
+            return request
+        answer = self.last()
+        tensor = torch.tensor(request)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._process.control, async_op=True)
+        self._asked = tensor, work
+        return answer
+
+    def last(self) -> int:
+        """The answer to the requests that are still on their way; 0 where there are none."""
+        if self._asked is None:
+            return 0
+        (tensor, work), self._asked = self._asked, None
+        work.wait()
+        return int(tensor)
 
 
 def pick_device(requested: str) -> torch.device:
@@ -112,6 +156,6 @@ def process_group(device: str = "auto") -> Iterator[Process]:
         return
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
     try:
-        yield Process(dist.get_rank(), world_size, picked)
+        yield Process(dist.get_rank(), world_size, picked, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()

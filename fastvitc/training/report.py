@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -33,7 +34,7 @@ class Reporter:
 
     Args:
         folder: of the run.
-        resumed_epochs, resumed_steps: of an earlier part of the run that stand; what it logged later is dropped.
+        rows, steps: epochs and optimiser steps of an earlier part of the run; what it logged later is dropped.
         stream: for lines and the bar; a bar is drawn only on a terminal.
     """
 
@@ -41,8 +42,8 @@ class Reporter:
         self,
         folder: Path,
         *,
-        resumed_epochs: int = 0,
-        resumed_steps: int = 0,
+        rows: Sequence[EpochRow] = (),
+        steps: int = 0,
         stream: TextIO | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -50,10 +51,9 @@ class Reporter:
         self._stream = sys.stdout if stream is None else stream
         self._csv = folder / "summary.csv"
         self._curves = folder / "curves.png"
-        earlier = read_summary(self._csv) if resumed_epochs and self._csv.exists() else []
-        self._rows = [row for row in earlier if row.epoch <= resumed_epochs]
+        self._rows = list(rows)
         self._write_csv()
-        purge = resumed_steps + 1 if resumed_steps else None
+        purge = steps + 1 if steps else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self._bar: tqdm | None = None
 
@@ -64,9 +64,11 @@ class Reporter:
         else:
             self._bar.write(text, file=self._stream)
 
-    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+    def start_epoch(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
+        """An epoch of so many steps, of which some are done."""
         if self._stream.isatty():
-            self._bar = tqdm(total=steps, desc=f"epoch {epoch}/{epochs}", file=self._stream, leave=False)
+            title = f"epoch {epoch}/{epochs}"
+            self._bar = tqdm(total=steps, initial=done, desc=title, file=self._stream, leave=False)
 
     def step(self) -> None:
         if self._bar is not None:

@@ -1,23 +1,28 @@
-"""A training run: the loop over epochs, and what it saves and tells."""
+"""A training run: the loop over epochs and steps, and when it saves."""
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastvitc.data import Batch, Loader
 from fastvitc.errors import FastvitcError
-from fastvitc.models.saved import save_model
 from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
 from fastvitc.training.assembly import Parts
 from fastvitc.training.evaluation import Accuracy, precise_batch_norm
+from fastvitc.training.folder import RunFolder
+from fastvitc.training.interrupts import Interrupts
 from fastvitc.training.meter import Meter
 from fastvitc.training.optim import set_rates
+from fastvitc.training.process import Poll
 from fastvitc.training.report import EpochRow, Reporter
-from fastvitc.training.state import STATE, RunState
+from fastvitc.training.state import RunState, on_host
 from fastvitc.training.step import compiled_graphs
 from fastvitc.training.words import Yardstick, duration, introduction, yardstick
 from fastvitc.tuning.machine import versions
@@ -25,71 +30,190 @@ from fastvitc.tuning.machine import versions
 _ON_DIVERGENCE = (
     "what was saved is that of the epochs before. Lower --lr, lengthen --warmup-epochs or set --clip-grad"
 )
+#: What a process may ask of all.
+_NOTHING, _SAVE, _STOP = range(3)
 
 
 class Run:
-    """Trains what `assemble` put together, from the state where there is one; nothing is written before `train`."""
+    """Trains what `assemble` put together, from the state where there is one.
 
-    def __init__(self, parts: Parts, state: RunState | None = None) -> None:
-        self.parts = parts
-        self.first_epoch, self.best = (0, -1.0) if state is None else (state.epoch, state.best)
-        self._graphs = 0
+    Args:
+        parts: of the run.
+        state: where to go on. A state of other images or another loader counts to the start of its epoch.
+        folder: where the run is saved; None on all processes but the main one.
+    """
+
+    def __init__(self, parts: Parts, state: RunState | None, folder: RunFolder | None) -> None:
+        self.parts, self.folder = parts, folder
+        self.epoch = self.step = 0
+        self.best, self._rows, self._resumed = -1.0, [], state is not None
+        self._meter = Meter(parts.images_per_step, parts.process)
+        if state is not None:
+            self.epoch, self.best = state.epoch, state.best
+            self._rows = [EpochRow(**row) for row in state.rows]
+            own = state.processes[parts.process.rank]
+            parts.restore_own(own)
+            if state.data == parts.data:
+                self.step = state.step
+                self._meter.restore(own["meter"])
+        self._first = self.epoch, self.step
+        self._poll, self._interrupts = Poll(parts.process), Interrupts()
+        self._saved_at, self._unsaved = time.monotonic(), 0
+        self._graphs = self._bad_files = 0
         self._yardstick: Yardstick | None = None
         self._forecast_told = False
 
-    def train(self, folder: Path | None) -> float:
-        """Run all epochs; return the best validation top-1 in percent. The process with a folder reports and saves."""
+    def train(self) -> float:
+        """Run all epochs; return the best validation top-1 in percent.
+
+        Raises:
+            Interrupted: the run was asked to stop; its state is saved.
+            FastvitcError: the run diverged, or it cannot be saved.
+        """
         parts, reporter = self.parts, None
-        if folder is not None:
-            done = self.first_epoch
-            reporter = Reporter(folder, resumed_epochs=done, resumed_steps=done * parts.steps)
+        if self.folder is not None:
+            done = self.epoch * parts.steps + self.step
+            reporter = Reporter(self.folder.path, rows=self._rows, steps=done)
             # On the main process alone: several at once would share the cores that they measure.
             self._yardstick = yardstick(parts)
-            for line in introduction(parts, self._yardstick, folder):
+            for line in introduction(parts, self._yardstick, self.folder.path):
                 reporter.line(line)
+            if self._resumed:
+                place = f"after step {self.step} of {parts.steps}" if self.step else "at its start"
+                reporter.line(f"resumed in epoch {self.epoch + 1}, {place}")
         try:
-            for epoch in range(self.first_epoch, parts.settings.optimisation.epochs):
-                self._epoch(epoch, folder, reporter)
+            with self._interrupts:
+                while self.epoch < parts.settings.optimisation.epochs:
+                    self._epoch(reporter)
+            self._poll.last()
+            if self.folder is not None:
+                self.folder.finish()
         finally:
             parts.close()
             if reporter is not None:
                 reporter.close()
-        if reporter is not None and folder is not None:
-            reporter.line(f"best validation top-1: {self.best:.2f}%; curves: {folder / 'curves.png'}")
+        if reporter is not None and self.folder is not None:
+            best, path = max(self._rows, key=lambda row: row.val_top1), self.folder.path
+            reporter.line(
+                f"best validation top-1: {best.val_top1:.2f}% in epoch {best.epoch}; weights: {path / 'best'}; "
+                f"curves: {path / 'curves.png'}"
+            )
         return self.best
 
-    def _epoch(self, epoch: int, folder: Path | None, reporter: Reporter | None) -> None:
+    def _epoch(self, reporter: Reporter | None) -> None:
         parts, start = self.parts, time.perf_counter()
-        o, process = parts.settings.optimisation, parts.process
-        train_loss, images_per_second, data_wait = self._train_epoch(epoch, reporter)
-        self._check_weights(epoch)
-        if o.precise_bn:
-            count = max(1, o.precise_bn // (o.batch_size * process.world_size))
-            parts.train_loader.seek(epoch)
-            precise_batch_norm(parts.evaluated, islice(parts.train_loader, count), dtype=parts.dtype)
-        for model in dict.fromkeys((parts.model, parts.evaluated)):  # in the same order on every process
-            process.average_statistics(model)
-        accuracy = parts.evaluate(parts.val_loader)
-        is_best = accuracy.top1 > self.best
-        self.best = max(self.best, accuracy.top1)
-        if reporter is None or folder is None:
-            return
-        self._save(epoch, folder, accuracy, is_best)
+        self._train_epoch(reporter)
+        train_loss = self._check_finite()
+        images_per_second, data_wait = self._meter.rates()
+        accuracy = self._evaluate()
         row = EpochRow(
-            epoch=epoch + 1,
+            epoch=self.epoch + 1,
             train_loss=train_loss,
             val_loss=accuracy.loss,
             val_top1=accuracy.top1,
             val_top5=accuracy.top5,
-            lr=parts.optimizers[0].param_groups[0]["lr"],
+            lr=self._rate(),
             images_per_second=images_per_second,
             data_wait=data_wait,
             mfu=self._mfu(images_per_second),
             seconds=time.perf_counter() - start,
         )
+        self._rows.append(row)
+        is_best, self.best = accuracy.top1 > self.best, max(self.best, accuracy.top1)
+        self.epoch, self.step = self.epoch + 1, 0
+        self._meter = Meter(parts.images_per_step, parts.process)
+        self._save_models(row, is_best)
+        self._save()
+        self._tell_bad_files(reporter)
+        if reporter is not None:
+            self._report(row, accuracy, reporter)
+
+    def _train_epoch(self, reporter: Reporter | None) -> None:
+        """The steps of an epoch that are left."""
+        parts, log_every = self.parts, self.parts.settings.run.log_every
+        accumulate = parts.settings.optimisation.grad_accum_steps
+        parts.train_loader.seek(self.epoch, self.step * accumulate)
+        if reporter is not None:
+            epochs = parts.settings.optimisation.epochs
+            reporter.start_epoch(self.epoch + 1, epochs, parts.steps, self.step)
+        batches = iter(parts.train_loader)
+        while self.step < parts.steps:
+            done = self.epoch * parts.steps + self.step
+            self._seed(done)
+            with self._meter.waiting():
+                group = [
+                    (images, labels, self._mix(done * accumulate + i))
+                    for i, (images, labels) in enumerate(islice(batches, accumulate))
+                ]
+            set_rates(parts.optimizers, parts.schedule.at(done / parts.steps))
+            self._meter.add(parts.step(group))
+            if parts.ema is not None:
+                parts.ema.update(done)
+            first, self.step = (self.epoch, self.step) == self._first, self.step + 1
+            if reporter is not None:
+                reporter.step()
+            if first:
+                seconds = self._meter.restart()
+                if reporter is not None:
+                    reporter.line(f"first step, compilation included: {seconds:.1f} s")
+            elif self.step % log_every == 0 and self.step < parts.steps:
+                loss = self._finite(self._meter.mean_loss())
+                if reporter is not None:
+                    self._log_point(loss, reporter)
+            self._answer()
+
+    def _answer(self) -> None:
+        """Save, or save and stop, where a process asks for it."""
+        run = self.parts.settings.run
+        self._unsaved += 1
+        due = time.monotonic() - self._saved_at >= 60 * run.save_minutes
+        due = due or (run.save_every is not None and self._unsaved >= run.save_every)
+        request = _STOP if self._interrupts.received else _SAVE if due else _NOTHING
+        answer = self._poll(request)
+        if answer == _NOTHING:
+            return
+        self._check_finite()
+        self._save()
+        if answer == _STOP:
+            self._stop()
+
+    def _evaluate(self) -> Accuracy:
+        parts, o = self.parts, self.parts.settings.optimisation
+        before = self._state()  # what follows changes running statistics
+        if o.precise_bn:
+            count = max(1, o.precise_bn // (o.batch_size * parts.process.world_size))
+            parts.train_loader.seek(self.epoch)
+            precise_batch_norm(parts.evaluated, islice(parts.train_loader, count), dtype=parts.dtype)
+        for model in dict.fromkeys((parts.model, parts.evaluated)):  # in the same order on every process
+            parts.process.average_statistics(model)
+        try:
+            return parts.evaluate(self._watched(parts.val_loader))
+        except _Stopped:
+            if self.folder is not None:
+                self.folder.save_state(before)
+            self._stop()
+
+    def _watched(self, loader: Loader) -> Iterator[Batch]:
+        """The loader's batches, until a process asks to stop."""
+        config = loader.config
+        common = len(config.index) // (config.batch_size * config.world_size)  # as many on every process
+        for number, batch in enumerate(loader):
+            if number < common and self._poll(_STOP if self._interrupts.received else _NOTHING) == _STOP:
+                raise _Stopped
+            yield batch
+
+    def _stop(self) -> NoReturn:
+        where = f"epoch {self.epoch + 1}, step {self.step}"
+        if self.folder is not None:
+            self.folder.finish()
+            where += f" is saved; continue with --resume {self.folder.path}"
+        raise self._interrupts.error(where)
+
+    def _report(self, row: EpochRow, accuracy: Accuracy, reporter: Reporter) -> None:
+        o = self.parts.settings.optimisation
         reporter.end_epoch(
             row,
-            (epoch + 1) * parts.steps,
+            row.epoch * self.parts.steps,
             f"epoch {row.epoch}/{o.epochs}: loss {row.train_loss:.4f}, validation loss {row.val_loss:.4f}, "
             f"top-1 {row.val_top1:.2f}%, top-5 {row.val_top5:.2f}% of {accuracy.images}, "
             f"{row.images_per_second:,.0f} images/s, data wait {row.data_wait:.0%}, MFU {row.mfu:.1%}, "
@@ -97,58 +221,38 @@ class Run:
         )
         self._forecast(row.seconds, reporter)
         graphs = compiled_graphs()
-        if epoch > self.first_epoch and graphs > self._graphs:
+        if row.epoch > self._first[0] + 1 and graphs > self._graphs:
             reporter.line(f"warning: {graphs - self._graphs} graphs were compiled anew in epoch {row.epoch}")
         self._graphs = graphs
 
-    def _train_epoch(self, epoch: int, reporter: Reporter | None) -> tuple[float, float, float]:
-        """(mean loss, images per second, share of time spent waiting for data) of one epoch."""
-        parts, log_every = self.parts, self.parts.settings.run.log_every
-        accumulate = parts.settings.optimisation.grad_accum_steps
-        meter = Meter(parts.images_per_step, parts.process)
-        parts.train_loader.seek(epoch)
-        if reporter is not None:
-            reporter.start_epoch(epoch + 1, parts.settings.optimisation.epochs, parts.steps)
-        batches = iter(parts.train_loader)
-        for step in range(parts.steps):
-            done = epoch * parts.steps + step
-            self._seed(done)
-            with meter.waiting():
-                group = [
-                    (images, labels, self._mix(done * accumulate + i))
-                    for i, (images, labels) in enumerate(islice(batches, accumulate))
-                ]
-            set_rates(parts.optimizers, parts.schedule.at(done / parts.steps))
-            meter.add(parts.step(group))
-            if parts.ema is not None:
-                parts.ema.update(done)
-            if reporter is not None:
-                reporter.step()
-            if done == self.first_epoch * parts.steps:
-                seconds = meter.restart()
-                if reporter is not None:
-                    reporter.line(f"first step, compilation included: {seconds:.1f} s")
-            elif (step + 1) % log_every == 0 and step + 1 < parts.steps:
-                loss = self._finite(meter.mean_loss(), epoch)
-                if reporter is not None:
-                    self._log_point(done, loss, meter, reporter)
-        return self._finite(meter.mean_loss(), epoch), *meter.rates()
+    def _tell_bad_files(self, reporter: Reporter | None) -> None:
+        """List the images that cannot be read, of all processes, when there are new ones."""
+        loaders = self.parts.train_loader, self.parts.val_loader
+        own = {loader.config.index.name(n): why for loader in loaders for n, why in loader.bad.items()}
+        names = {name: why for bad in self.parts.process.gather(own) for name, why in bad.items()}
+        if self.folder is None or reporter is None or len(names) == self._bad_files:
+            return
+        self._bad_files = len(names)
+        self.folder.save_bad_files(names)
+        reporter.line(
+            f"warning: {len(names)} images cannot be read; {self.folder.path / 'bad_files.txt'} lists them. "
+            "In training others take their places, in validation they count as not seen"
+        )
 
-    def _log_point(self, done: int, loss: float, meter: Meter, reporter: Reporter) -> None:
-        """What is told within an epoch, after optimiser step number `done`."""
-        parts = self.parts
-        rate, wait = meter.rates()
-        lr = parts.optimizers[0].param_groups[0]["lr"]
+    def _log_point(self, loss: float, reporter: Reporter) -> None:
+        parts, lr = self.parts, self._rate()
+        rate, wait = self._meter.rates()
         text = (
-            f"  step {done % parts.steps + 1}/{parts.steps}: loss {loss:.4f}, learning rate {lr:.2e}, "
+            f"  step {self.step}/{parts.steps}: loss {loss:.4f}, learning rate {lr:.2e}, "
             f"{rate:,.0f} images/s, data wait {wait:.0%}, MFU {self._mfu(rate):.1%}"
         )
-        reporter.point(done + 1, text, loss=loss, lr=lr, images_per_second=rate)
+        done = self.epoch * parts.steps + self.step
+        reporter.point(done, text, loss=loss, lr=lr, images_per_second=rate)
         self._forecast(parts.steps * parts.images_per_step / rate, reporter)
 
     def _forecast(self, seconds: float, reporter: Reporter) -> None:
         """Say once, as soon as it is known, how long an epoch takes here and what that makes of the run."""
-        epochs = self.parts.settings.optimisation.epochs - self.first_epoch
+        epochs = self.parts.settings.optimisation.epochs - self._first[0]
         if not self._forecast_told and epochs > 1:
             one, all_of_them = duration(seconds), duration(epochs * seconds)
             reporter.line(f"an epoch takes about {one} on this machine, {epochs} epochs {all_of_them}")
@@ -168,22 +272,38 @@ class Run:
         mix = parts.mixing.sample(parts.model.config.image_size, seed)
         return mix.to(parts.process.device, non_blocking=True)
 
+    def _rate(self) -> float:
+        return self.parts.optimizers[0].param_groups[0]["lr"]
+
     def _mfu(self, images_per_second: float) -> float:
         return 0.0 if self._yardstick is None else self._yardstick.share(images_per_second)
 
-    def _finite(self, loss: float, epoch: int) -> float:
+    def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):
-            raise FastvitcError(f"the training loss became {loss} in epoch {epoch + 1}; {_ON_DIVERGENCE}")
+            raise FastvitcError(
+                f"the training loss became {loss} in epoch {self.epoch + 1}; {_ON_DIVERGENCE}"
+            )
         return loss
 
-    def _check_weights(self, epoch: int) -> None:
-        """The loss is of the weights before the last update; the update may have spoilt them."""
-        for name, tensor in self.parts.model.state_dict().items():
-            if not tensor.isfinite().all():
-                raise FastvitcError(f"{name} is not finite after epoch {epoch + 1}; {_ON_DIVERGENCE}")
+    def _check_finite(self) -> float:
+        """The mean loss of the epoch so far. Raises on every process where it or a weight of one is not finite.
 
-    def _save(self, epoch: int, folder: Path, accuracy: Accuracy, is_best: bool) -> None:
+        The loss is of the weights before the last update; the update may have spoilt them.
+        """
         parts = self.parts
+        loss = self._finite(self._meter.mean_loss())
+        spoilt = [name for name, t in parts.model.state_dict().items() if not t.isfinite().all()]
+        everywhere = sorted({name for names in parts.process.gather(spoilt) for name in names})
+        if everywhere:
+            raise FastvitcError(
+                f"{everywhere[0]} is not finite in epoch {self.epoch + 1} after step {self.step}; {_ON_DIVERGENCE}"
+            )
+        return loss
+
+    def _save_models(self, row: EpochRow, is_best: bool) -> None:
+        parts = self.parts
+        if self.folder is None:
+            return
         notes = {
             "name": parts.settings.model.model,
             "classes": list(parts.classes),
@@ -193,22 +313,38 @@ class Run:
                 "crop_ratio": parts.settings.data.crop_ratio,
             },
             "backends": parts.backends,
-            "epoch": epoch + 1,
-            "val_top1": accuracy.top1,
+            "epoch": row.epoch,
+            "val_top1": row.val_top1,
             "versions": versions(),
         }
-        save_model(folder / "last", parts.evaluated, **notes)
-        if is_best:
-            save_model(folder / "best", parts.evaluated, **notes)
-        state = RunState(
-            epoch=epoch + 1,
+        for name in ("last", "best") if is_best else ("last",):
+            self.folder.save_model(name, parts.evaluated, notes)
+
+    def _save(self) -> None:
+        state = self._state()
+        if self.folder is not None:
+            self.folder.save_state(state)
+        self._saved_at, self._unsaved = time.monotonic(), 0
+
+    def _state(self) -> RunState:
+        """The state of the run between two steps, in host memory; every process asks for it at once."""
+        parts = self.parts
+        own = on_host({**parts.own_state(), "meter": self._meter.state()})
+        return RunState(
+            epoch=self.epoch,
+            step=self.step,
             best=self.best,
-            model=parts.model.state_dict(),
-            ema=None if parts.ema is None else parts.ema.model.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in parts.optimizers],
+            rows=[asdict(row) for row in self._rows],
+            model=on_host(dict(parts.model.state_dict())) if self.folder else {},
+            ema=on_host(dict(parts.ema.model.state_dict())) if self.folder and parts.ema else None,
+            optimizers=on_host([o.state_dict() for o in parts.optimizers]) if self.folder else [],
+            processes=parts.process.gather(own),
             settings=parts.settings.to_dict(),
             classes=list(parts.classes),
-            world_size=parts.process.world_size,
             backends=parts.backends,
+            data=parts.data,
         )
-        state.save(folder / "last" / STATE)
+
+
+class _Stopped(Exception):
+    """A process asks to stop, in an evaluation."""

@@ -52,6 +52,8 @@ class DataSettings:
     """Chance of a horizontal flip."""
     augment: PolicyName = "none"
     """Augmentation policy after crop and flip."""
+    bad_share: Annotated[float, share()] = 0.01
+    """Share of the images that may be unreadable before the run stops. Above 0, one may always be."""
     crop_ratio: Annotated[float, share(zero=False)] = 0.875
     """Validation: side of the centre crop over the side that the image is resized to."""
 
@@ -136,8 +138,16 @@ class RunSettings:
 
     output: Annotated[str | None, _optional("DIR", "-o")] = None
     """Folder of the run. Default: runs/<model>-<date>-<time>."""
-    resume: Annotated[str | None, _optional("DIR")] = None
-    """Continue the run in this folder with its settings. Length, data folder and machine may be given anew."""
+    resume: Annotated[str | None, _optional("DIR | auto")] = None
+    """Continue the run in this folder with its settings. auto: that of --output, or begin it where there is none."""
+    resume_anyway: bool = False
+    """Resume though the images or the loader changed. The run then goes on from the start of its epoch."""
+    save_every: Annotated[int | None, at_least(1), _optional("STEPS")] = None
+    """Save the run's state every so many steps, besides each epoch's end. Default: by time alone."""
+    save_minutes: Annotated[float, above(0)] = 10.0
+    """Save the run's state after so many minutes without a save."""
+    keep: Annotated[int, at_least(1)] = 2
+    """How many of the newest states are kept."""
     log_every: Annotated[int, at_least(1)] = 50
     """Steps between log points. Only log points wait for the device."""
     peak_tflops: Annotated[float | None, above(0), _optional("FLOAT")] = None
@@ -208,6 +218,7 @@ def _as_given(value: Any) -> str:
 _MAY_CHANGE = {
     "epochs",
     "data_dir",
+    "bad_share",
     "workers",
     "device",
     "backend",
@@ -216,4 +227,8 @@ _MAY_CHANGE = {
     "peak_tflops",
     "output",
     "resume",
+    "resume_anyway",
+    "save_every",
+    "save_minutes",
+    "keep",
 }

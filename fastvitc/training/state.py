@@ -1,6 +1,7 @@
 """What a run goes on from: one file, written whole or not at all, and read without executing code."""
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,38 +9,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvitc.errors import CheckpointError, UsageError
+from fastvitc.errors import CheckpointError
 from fastvitc.files import write_atomically
-from fastvitc.training.settings import TrainSettings
 
-STATE = "state.pt"
-_FORMAT = "fastvitc training state, 2"
+CHECKPOINTS = "checkpoints"
+_FORMAT = "fastvitc training state, 3"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run at the end of an epoch: numbers, text, tensors on the CPU, and containers of them.
+    """A run between two optimiser steps: numbers, text, tensors on the CPU, and containers of them.
 
     Attributes:
-        epoch: epochs that are done.
+        epoch: epochs that are trained and evaluated.
+        step: optimiser steps of the next epoch that are done.
         best: best validation top-1 so far, in percent.
+        rows: of summary.csv, one for each epoch.
         model, ema: weights and buffers of the model, and of its moving average where one is kept.
         optimizers: the state of each.
+        processes: for each process what is its own, see `Parts.own_state`.
         settings: of the run, see `TrainSettings.to_dict`.
         classes: their names, in the order of the labels.
-        world_size: number of processes.
         backends: what each op ran on.
+        data: a digest of what decides which images come in which order and how they look.
     """
 
     epoch: int
+    step: int
     best: float
+    rows: list[dict[str, Any]]
     model: dict[str, Tensor]
     ema: dict[str, Tensor] | None
     optimizers: list[dict[str, Any]]
+    processes: list[dict[str, Any]]
     settings: dict[str, Any]
     classes: list[str]
-    world_size: int
     backends: dict[str, str]
+    data: str
+
+    def file_in(self, folder: Path) -> Path:
+        """Where a run's folder keeps this state."""
+        return folder / CHECKPOINTS / f"epoch-{self.epoch:05d}-step-{self.step:08d}.pt"
 
     def save(self, path: Path) -> None:
         """Write the state to a file."""
@@ -47,13 +57,12 @@ class RunState:
         write_atomically(path, lambda temporary: torch.save({"format": _FORMAT, **values}, temporary))
 
     @classmethod
-    def load(cls, path: Path) -> "RunState":
-        """The state at `path`, see `state_file`.
+    def load(cls, file: Path) -> "RunState":
+        """The state in a file.
 
         Raises:
-            CheckpointError: there is no such file, it is damaged, or it is another program's.
+            CheckpointError: the file is damaged, or it is another program's.
         """
-        file = state_file(path)
         values = _read(file)
         wanted = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT or values.keys() != wanted:
@@ -62,35 +71,49 @@ class RunState:
             )
         return cls(**values)
 
-    def check_fits(self, settings: TrainSettings, classes: list[str], world_size: int) -> None:
-        """Raise UsageError where a run of these settings, classes and processes cannot go on from here."""
-        for what, then, now in (
-            ("classes", self.classes, classes),
-            ("number of processes", self.world_size, world_size),
-        ):
-            if then != now:
-                raise UsageError(
-                    f"a resumed run keeps its {what}: it was {then}, now {now}. Start another run instead"
-                )
-        if self.epoch >= settings.optimisation.epochs:
-            raise UsageError(
-                f"the run at {settings.run.resume} has finished its {self.epoch} epochs; "
-                "ask for more with --epochs"
-            )
+
+def state_files(folder: Path) -> list[Path]:
+    """The files of a run's states, the newest first."""
+    return sorted((folder / CHECKPOINTS).glob("epoch-*-step-*.pt"), reverse=True)
 
 
-def state_file(path: Path) -> Path:
-    """The state at `path`: the file itself, or that of a run's folder or its last/.
+def newest_state(path: Path, warn: Callable[[str], None] = print) -> tuple[Path, RunState]:
+    """(the run's folder, its newest whole state); `path` is the folder, one in it, or a state's file.
+
+    Damaged states are passed over with a warning.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no state, or no whole one.
     """
-    found = next((c for c in (path, path / "last" / STATE, path / STATE) if c.is_file()), None)
-    if found is None:
+    if path.is_file():
+        return path.absolute().parent.parent, RunState.load(path)
+    folder = next((f for f in (path, path.parent) if state_files(f)), None)
+    if folder is None:
         raise CheckpointError(
-            f"nothing to resume at {path}: expected a run's output folder, its last/ folder or its {STATE}"
+            f"nothing to resume at {path}: expected a run's output folder with {CHECKPOINTS}/ in it, or a file of those"
         )
-    return found.absolute()
+    problems = []
+    for file in state_files(folder):
+        try:
+            state = RunState.load(file)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            for problem in problems:
+                warn(f"warning: {problem}. The one before it is taken: {file.name}")
+            return folder.absolute(), state
+    raise CheckpointError(f"{folder} holds no whole state: {'; '.join(problems)}")
+
+
+def on_host(value: Any) -> Any:
+    """A copy of nested dictionaries and lists with their tensors in host memory, which nothing changes any more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_host, value))
+    return value
 
 
 def _read(file: Path) -> Any:
@@ -103,6 +126,5 @@ def _read(file: Path) -> Any:
     except Exception as error:  # the unpickler raises whatever its parsing trips over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{file} cannot be read as a training state: {reason}. It is damaged or another program's file; "
-            "resume from another run, or start anew"
+            f"{file} cannot be read as a training state: {reason}. It is damaged or another program's file"
         ) from error

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from fastvitc.kernels import Measured, record
 from fastvitc.programs import train as train_program
 from fastvitc.training.report import read_summary
 from fastvitc.training.run import Run
-from fastvitc.training.state import RunState
+from fastvitc.training.state import newest_state, state_files
 
 
 def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypatch):
@@ -20,16 +22,16 @@ def test_a_resumed_run_ends_with_the_same_weights(few_digits, tmp_path, monkeypa
 
     epoch_of = Run._epoch
 
-    def stop_in_the_second(self, epoch, *rest):
-        if epoch == 1:
+    def stop_in_the_second(self, *rest):
+        if self.epoch == 1:
             raise KeyboardInterrupt
-        epoch_of(self, epoch, *rest)
+        epoch_of(self, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_epoch", stop_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             train_program.train(*train_program.read_settings([*options, "-o", str(interrupted)]))
-    assert RunState.load(interrupted).epoch == 1
+    assert newest_state(interrupted)[1].epoch == 1
     train_program.train(*train_program.read_settings(["--resume", str(interrupted)]))
     assert weights_hash(interrupted) == weights_hash(whole)
     assert [row.epoch for row in read_summary(interrupted / "summary.csv")] == [1, 2, 3]
@@ -41,7 +43,7 @@ def test_a_resumed_run_keeps_its_backends_unless_told_to_choose_anew(few_digits,
 
     def backend_after(*args):
         train_program.train(*train_program.read_settings([*map(str, args)]))
-        state = RunState.load(tmp_path / "run")
+        _, state = newest_state(tmp_path / "run")
         assert f"attention={state.backends['attention']}" in state.settings["backend"].split(",")
         return state.backends["attention"]
 
@@ -88,10 +90,46 @@ def test_a_finished_run_is_not_resumed(finished, ends):
 def test_a_state_that_cannot_be_resumed_is_refused(damage, finished, tmp_path, ends):
     state = tmp_path / "state.pt"
     if damage == "truncated":
-        state.write_bytes((finished[0] / "last" / "state.pt").read_bytes()[:5000])
+        state.write_bytes(state_files(finished[0])[0].read_bytes()[:5000])
     elif damage == "foreign":
         torch.save({"model_state": {}}, state)
-    code, message = ends(train_program, "--resume", state, "-o", tmp_path / "run")
+    code, message = ends(train_program, "--resume", state)
     assert code == 1
     assert str(state) in message
     assert not (tmp_path / "run").exists()
+
+
+def test_auto_begins_a_run_and_then_goes_on_with_it(few_digits, tmp_path, capsys):
+    command = [
+        "--data-dir",
+        str(few_digits),
+        "--model",
+        "vitc_nano",
+        *SMALL,
+        "-o",
+        str(tmp_path),
+        "--resume",
+        "auto",
+    ]
+    for epochs, resumed in ((1, False), (2, True)):
+        train_program.train(*train_program.read_settings([*command, "--epochs", str(epochs)]))
+        assert ("resumed in epoch 2, at its start" in capsys.readouterr().out) == resumed
+    assert [row.epoch for row in read_summary(tmp_path / "summary.csv")] == [1, 2]
+
+
+def test_auto_needs_the_folder(few_digits, ends):
+    code, message = ends(train_program, "--data-dir", few_digits, "--resume", "auto")
+    assert (code, "--resume auto needs the run's folder: give it with --output" in message) == (2, True)
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(finished, few_digits, tmp_path, ends):
+    code = "import sys; from pathlib import Path; from fastvitc.training.folder import RunFolder\n"
+    code += "held = RunFolder(Path(sys.argv[1]), 2); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        options = ["--data-dir", few_digits, "--model", "vitc_nano", *SMALL, "-o", tmp_path / "run"]
+        code, message = ends(train_program, *options)
+        other.stdin.close()
+    assert code == 2
+    assert "another run is writing to" in message

@@ -1,6 +1,7 @@
 """End to end: fastvitc-train on a small folder of real digits."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from fastvitc.models import config as presets
 from fastvitc.models.saved import load_model
 from fastvitc.programs import train as train_program
 from fastvitc.training.report import read_summary
-from fastvitc.training.state import RunState
+from fastvitc.training.state import newest_state
 
 
 def test_a_run_leaves_weights_curves_summary_settings_and_state(finished):
@@ -29,7 +30,7 @@ def test_a_run_leaves_weights_curves_summary_settings_and_state(finished):
         args["backend"]
         == "add_layer_norm=native,attention=native,bias_gelu=native,bn_relu=native,conv_stem=native"
     )
-    assert RunState.load(folder).epoch == 2
+    assert newest_state(folder)[1].epoch == 2
     assert list((folder / "tensorboard").iterdir())
 
 
@@ -89,3 +90,15 @@ def test_the_average_of_the_weights_is_as_good_as_the_weights(few_digits, tmp_pa
     options = ["--epochs", 20, "--warmup-epochs", 2, "--model-ema"]
     train(few_digits, "-o", tmp_path / "run", *options)
     assert read_summary(tmp_path / "run" / "summary.csv")[-1].val_top1 > 80
+
+
+def test_one_bad_image_in_each_split_is_listed_and_ends_nothing(few_digits, tmp_path):
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    bad = [next((data / split / "1").iterdir()) for split in ("train", "val")]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:300])
+    log = train(data, "-o", tmp_path / "run")
+    assert "of 14," in log
+    assert log.count("warning: 2 images cannot be read") == 1
+    listed = (tmp_path / "run" / "bad_files.txt").read_text()
+    assert all(str(path) in listed for path in bad)

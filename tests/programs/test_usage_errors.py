@@ -55,7 +55,10 @@ def test_a_command_line_that_cannot_be_ends_in_one_message_and_code_2(
             lambda data: [p.unlink() for p in (data / "val" / "1").iterdir()],
             "class folders without images: 1",
         ),
-        (lambda data: (data / "train" / "1" / "0001.jpg").write_bytes(b"<html>"), "0001.jpg"),
+        (
+            lambda data: [p.write_bytes(b"<html>") for p in (data / "train" / "1").iterdir()],
+            "raise --bad-share",
+        ),
     ],
 )
 def test_bad_data_ends_in_one_message_and_code_1(damage, words, few_digits, tmp_path, ends):
@@ -87,13 +90,12 @@ def test_another_runs_folder_is_not_overwritten(finished, few_digits, ends):
 
 
 def test_a_folder_where_a_run_failed_before_its_first_epoch_is_free(few_digits, tmp_path, ends):
-    data = shutil.copytree(few_digits, tmp_path / "data")
-    good = (data / "train" / "1" / "0001.jpg").read_bytes()
-    (data / "train" / "1" / "0001.jpg").write_bytes(b"<html>")
     options = ["--model", "vitc_nano", *SMALL, "-o", tmp_path / "run"]
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    for path in (data / "train" / "1").iterdir():
+        path.write_bytes(b"<html>")
     assert ends(train_program, "--data-dir", data, *options)[0] == 1
-    (data / "train" / "1" / "0001.jpg").write_bytes(good)
-    train(data, "-o", tmp_path / "run")
+    train(few_digits, "-o", tmp_path / "run")
 
 
 def test_a_users_mistake_shows_no_traceback(few_digits):

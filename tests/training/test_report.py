@@ -2,6 +2,7 @@ import io
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from fastvitc.training.report import EpochRow, Reporter, draw_curves, read_summary
@@ -17,11 +18,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def report(folder, rows=ROWS, stream=None, **options):
+def report(folder, rows=ROWS, stream=None, earlier=(), **options):
     """Reports whole epochs of four steps with one log point; what was written to the stream."""
     stream = io.StringIO() if stream is None else stream
     folder.mkdir(exist_ok=True)
-    reporter = Reporter(folder, stream=stream, **options)
+    reporter = Reporter(folder, rows=earlier, stream=stream, **options)
     for row in rows:
         reporter.start_epoch(row.epoch, 9, 4)
         for step in range(4):
@@ -55,19 +56,14 @@ def test_a_new_run_starts_an_empty_summary(tmp_path):
 def test_a_resumed_run_keeps_the_rows_before_it_and_drops_later_ones(tmp_path):
     report(tmp_path)
     again = [replace(ROWS[2], val_top1=1.0)]
-    report(tmp_path, rows=again, resumed_epochs=2)
+    report(tmp_path, rows=again, earlier=ROWS[:2])
     assert read_summary(tmp_path / "summary.csv") == ROWS[:2] + again
 
 
-def test_rows_are_dropped_by_their_epoch_where_earlier_ones_are_missing(tmp_path):
-    report(tmp_path, rows=ROWS[1:])
-    report(tmp_path, rows=[], resumed_epochs=2)
-    assert read_summary(tmp_path / "summary.csv") == ROWS[1:2]
-
-
-def test_a_run_resumed_into_another_folder_starts_a_summary_there(tmp_path):
-    report(tmp_path / "new", rows=ROWS[2:], resumed_epochs=2)
-    assert read_summary(tmp_path / "new" / "summary.csv") == ROWS[2:]
+def test_the_summary_holds_the_rows_of_the_state_whatever_the_file_held(tmp_path):
+    report(tmp_path, rows=ROWS[:1])
+    report(tmp_path, rows=ROWS[2:], earlier=ROWS[:2])
+    assert read_summary(tmp_path / "summary.csv") == ROWS
 
 
 def test_the_curves_are_a_picture_with_three_panels_of_lines(tmp_path):
@@ -133,6 +129,22 @@ def test_a_resumed_run_keeps_what_tensorboard_had(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report(tmp_path, rows=ROWS[:2])
-    report(tmp_path, rows=ROWS[2:], resumed_epochs=2, resumed_steps=20)
+    report(tmp_path, rows=ROWS[2:], earlier=ROWS[:2], steps=20)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("epoch/val_top1")] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+def test_the_ticks_of_the_curves_are_whole_epochs(count, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("fastvitc.training.report.write_atomically", lambda path, write: write(path))
+    draw_curves([replace(ROWS[0], epoch=i + 1) for i in range(count)], tmp_path / "curves.png")
+    for axes in drawn[0].axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks
+        assert all(tick == int(tick) for tick in ticks)
+        assert all(line.get_marker() == "o" for line in axes.lines) == (count < 10)

@@ -1,14 +1,21 @@
+import os
+import signal
+
 import pytest
 import torch
 
 from fastvitc.data import synthetic_index
-from fastvitc.errors import FastvitcError
+from fastvitc.errors import FastvitcError, Interrupted, UsageError
 from fastvitc.models.saved import load_model
 from fastvitc.training.assembly import assemble
+from fastvitc.training.folder import RunFolder
+from fastvitc.training.interrupts import Interrupts
+from fastvitc.training.optim import set_rates
 from fastvitc.training.process import Process
 from fastvitc.training.recipes import recipe_settings
+from fastvitc.training.report import read_summary
 from fastvitc.training.run import Run
-from fastvitc.training.state import RunState
+from fastvitc.training.state import newest_state, state_files
 
 HERE = Process(0, 1, torch.device("cpu"))
 
@@ -28,20 +35,154 @@ def parts_of(state=None, images=8, **changes):
     return assemble(settings.changed(**changes), HERE, *indices, state)
 
 
+def run_in(folder, state=None, **changes):
+    """Train in a folder, as the program does."""
+    held = RunFolder(folder, keep=3)
+    try:
+        return Run(parts_of(state, **changes), state, held).train()
+    finally:
+        held.close()
+
+
 def weights_of(folder):
     return load_model(folder / "last").state_dict()
 
 
-def test_weights_that_are_not_finite_are_never_saved_over_those_that_are(tmp_path):
-    Run(parts_of(images=4, epochs=1)).train(tmp_path)
-    good, state = weights_of(tmp_path), RunState.load(tmp_path)
-    diverging = parts_of(state, images=4, epochs=2, mixup=0.0)
-    for optimizer in diverging.optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = 1e39
-    with pytest.raises(
-        FastvitcError, match=r"not finite after epoch 2; what was saved is that of the epochs"
-    ):
-        Run(diverging, state).train(tmp_path)
-    torch.testing.assert_close(weights_of(tmp_path), good, rtol=0, atol=0)
-    assert RunState.load(tmp_path).epoch == 1
+def assert_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_weights_that_are_not_finite_are_never_saved_over_those_that_are(tmp_path, monkeypatch):
+    run_in(tmp_path, images=4, epochs=1)
+    good, (_, state) = weights_of(tmp_path), newest_state(tmp_path)
+    monkeypatch.setattr(
+        "fastvitc.training.run.set_rates", lambda optimizers, share: set_rates(optimizers, 1e42)
+    )
+    with pytest.raises(FastvitcError, match="not finite in epoch 2 after step 1; what was saved"):
+        run_in(tmp_path, state, images=4, epochs=2, mixup=0.0)
+    assert_equal(weights_of(tmp_path), good)
+    assert newest_state(tmp_path)[1].epoch == 1
+
+
+class Cut(Exception):
+    """The end of a run that nothing announced."""
+
+
+EVERYTHING = {
+    "model_ema": True,
+    "model_ema_rate": 0.3,
+    "mixup": 0.5,
+    "cutmix": 0.5,
+    "grad_accum_steps": 2,
+    "drop_path": 0.2,
+    "precise_bn": 8,
+}
+
+
+@pytest.mark.parametrize("extra", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("cut", [1, 3, 4, 7])
+def test_a_run_that_was_cut_after_any_step_goes_on_bit_for_bit(cut, precision, extra, tmp_path, monkeypatch):
+    options = {"images": 32, "precision": precision, "save_every": 1, **extra}
+    run_in(tmp_path / "whole", **options)
+    answer, steps = Run._answer, []
+
+    def cut_after(run):
+        answer(run)
+        steps.append(run.step)
+        if len(steps) == cut:
+            run.folder.finish()
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_answer", cut_after)
+        with pytest.raises(Cut):
+            run_in(tmp_path / "cut", **options)
+    _, state = newest_state(tmp_path / "cut")
+    run_in(tmp_path / "cut", state, **options)
+    assert_equal(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
+    whole, again = (newest_state(tmp_path / name)[1] for name in ("whole", "cut"))
+    assert_equal(again.model, whole.model)
+    assert_equal(again.optimizers[0]["state"], whole.optimizers[0]["state"])
+    times = ("seconds", "images_per_second", "data_wait", "mfu")
+    rows = [[{k: v for k, v in row.items() if k not in times} for row in s.rows] for s in (whole, again)]
+    assert rows[0] == rows[1]
+    assert [row.epoch for row in read_summary(tmp_path / "cut" / "summary.csv")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_a_signal_is_answered_by_a_saved_state_and_its_exit_code(number, code, where, tmp_path, monkeypatch):
+    run_in(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        if where == "training":
+            seed = Run._seed
+            patch.setattr(
+                Run, "_seed", lambda run, step: (seed(run, step), step == 1 and os.kill(os.getpid(), number))
+            )
+        else:
+            batches = Run._watched
+
+            def kill(run, loader):
+                os.kill(os.getpid(), number)
+                return batches(run, loader)
+
+            patch.setattr(Run, "_watched", kill)
+        with pytest.raises(
+            Interrupted, match=f"stopped by {number.name}; epoch 1, step 2 is saved"
+        ) as stopped:
+            run_in(tmp_path / "cut")
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) is not None
+    _, state = newest_state(tmp_path / "cut")
+    assert (state.epoch, state.step) == (0, 2)
+    run_in(tmp_path / "cut", state)
+    assert_equal(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
+
+
+def test_a_second_interrupt_ends_at_once():
+    with Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_states_are_saved_every_so_many_steps_and_only_the_newest_kept(tmp_path):
+    run_in(tmp_path, images=32, epochs=1, save_every=2)  # 8 steps
+    assert [path.stem for path in state_files(tmp_path)] == [
+        "epoch-00001-step-00000000",
+        "epoch-00000-step-00000008",
+        "epoch-00000-step-00000006",
+    ]
+
+
+def test_states_are_saved_after_some_minutes(tmp_path, monkeypatch):
+    now = iter(range(0, 10_000, 100))
+    monkeypatch.setattr("fastvitc.training.run.time.monotonic", lambda: next(now))
+    run_in(tmp_path, images=16, epochs=1, save_minutes=3.0)
+    assert len(state_files(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("change", [{"images": 36}, {"image_size": (40,)}])
+def test_other_images_are_refused_unless_told_to_go_on_from_the_epochs_start(change, tmp_path, capsys):
+    run_in(tmp_path, images=32, epochs=1, save_every=3)
+    state_files(tmp_path)[0].unlink()
+    _, state = newest_state(tmp_path)
+    assert state.step > 0
+    options = {"images": 32, "epochs": 1} | change
+    with pytest.raises(UsageError, match="add --resume-anyway to go on from the start of its epoch"):
+        run_in(tmp_path, state, **options)
+    if "images" in change:
+        run_in(tmp_path, state, resume_anyway=True, **options)
+        assert "resumed in epoch 1, at its start" in capsys.readouterr().out
+
+
+def test_the_log_says_once_how_long_an_epoch_takes_before_the_second_one_starts(tmp_path, capsys):
+    for name, log_every in (("a", 2), ("b", 50)):
+        run_in(tmp_path / name, images=32, epochs=3, log_every=log_every)
+        log = capsys.readouterr().out
+        assert log.count("an epoch takes about") == 1
+        assert "on this machine, 3 epochs" in log
+        assert log.index("an epoch takes about") < log.index("epoch 2/3:")

@@ -11,7 +11,7 @@ from fastvitc.programs.train import read_settings
 from fastvitc.programs.tune import TuneSettings
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.settings import DataSettings, TrainSettings
-from fastvitc.training.state import STATE, RunState
+from fastvitc.training.state import RunState
 from fastvitc.tuning import machine
 
 PAPER_50_EPOCHS = {  # AdamW, SGD: learning rate, weight decay
@@ -177,8 +177,9 @@ def test_a_recipe_goes_before_the_one_the_data_suggests():
 
 def test_a_resumed_run_has_its_settings_unless_given_anew(tmp_path):
     settings = recipe_settings("small", "vitp_nano").changed(lr=0.125, output="first", image_size=(16, 32))
-    saved = RunState(2, 50.0, {}, None, [], settings.to_dict(), ["a"], 1, {"attention": "torch"})
-    saved.save(tmp_path / STATE)
+    ops = {"attention": "torch"}
+    saved = RunState(2, 0, 50.0, [], {}, None, [], [{}], settings.to_dict(), ["a"], ops, "digest")
+    saved.save(saved.file_in(tmp_path))
     resumed, state = read_settings(["--resume", str(tmp_path), "--log-every", "7"])
     assert resumed == settings.changed(resume=str(tmp_path), output=None, log_every=7)
     assert state == saved
