@@ -18,7 +18,7 @@ from fastvitc.tuning.machine import copy_peak, describe, matmul_peak, versions
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastvitc throughput suite")
-    group.addoption("--quick", action="store_true", help="small sizes, a minute or two")
+    group.addoption("--quick", action="store_true", help="small sizes, two or three minutes")
     group.addoption("--models", help="presets to measure, separated by commas")
     group.addoption("--batch-size", type=int, help="images per call")
     group.addoption("--dtype", default="bf16", choices=["bf16", "fp32"], help="autocast dtype of the models")

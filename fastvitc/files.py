@@ -71,8 +71,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder and below it; nobody else may be writing there."""
-    for left in folder.rglob(f".*{_UNFINISHED}"):
+    """Remove what writers that were killed left in a folder; nobody else may be writing there."""
+    for left in folder.glob(f".*{_UNFINISHED}"):
         left.unlink(missing_ok=True)
 
 

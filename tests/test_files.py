@@ -47,7 +47,8 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
                 write_atomically(tmp_path / "run" / name, killed)
     (tmp_path / "run" / ".hidden").write_text("a user's")
     assert all(path.exists() for path in left)
-    remove_unfinished(tmp_path / "run")
+    for folder in ("run", "run/last"):
+        remove_unfinished(tmp_path / folder)
     assert not any(path.exists() for path in left)
     assert (tmp_path / "run" / ".hidden").exists()
 

@@ -118,7 +118,7 @@ class Loader(ABC):
         """Note that an image cannot be read."""
         self.bad[number] = reason
         images, limit = len(self.config.index), self.config.bad_share
-        allowed = max(1, int(limit * images)) if limit else 0
+        allowed = max(1, int(limit * images / self.config.world_size)) if limit else 0
         if len(self.bad) > allowed:
             raise DataError(
                 f"{len(self.bad)} of {images} images cannot be read, more than the allowed {allowed}; "

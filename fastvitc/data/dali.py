@@ -33,7 +33,7 @@ except ImportError as error:
     ) from error
 
 
-_AHEAD = 4  # batches that a failure may be of: the one at hand, and what is read before it is asked for
+_AHEAD = 4  # batches among which a bad image may be: the one at hand, and those read ahead
 
 
 class DaliLoader(Loader):

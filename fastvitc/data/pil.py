@@ -100,17 +100,18 @@ class _Batches(Dataset):
 
     def __getitem__(self, key: tuple[int, Samples]) -> _Loaded:
         epoch, samples = key
-        known = set(self._bad)
+        tried: list[int] = []
         pixels = np.zeros((len(samples.numbers), *self._config.image_size, 3), np.uint8)
         labels = np.full(len(samples.numbers), -1)
         for place in range(len(pixels)):
             for number in samples.candidates(place):
+                tried.append(number)
                 image = self._read(number)
                 if image is not None:
                     pixels[place] = np.asarray(self._prepared(image, epoch, number))
                     labels[place] = self._config.index.labels[number]
                     break
-        bad = [(number, reason) for number, reason in self._bad.items() if number not in known]
+        bad = [(number, self._bad[number]) for number in tried if number in self._bad]
         return torch.from_numpy(pixels), torch.from_numpy(labels), bad
 
     def _read(self, number: int) -> Image.Image | None:

@@ -15,14 +15,19 @@ Settings = TypeVar("Settings")
 
 
 def run_command(name: str, body: Callable[[], None]) -> None:
-    """Run a program's body; exit 1 for a failure and 2 for a usage error, with one line on stderr."""
+    """Run a program's body; exit 1 for a failure and 2 for a usage error, with one line on stderr.
+
+    Without a word exit 141 where nobody reads the output any more, as other programs do by SIGPIPE.
+    """
     try:
-        body()
-        sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end
+        try:
+            body()
+        finally:
+            sys.stdout.flush()  # a reader that has gone shows here, not at the interpreter's end
     except BrokenPipeError:
         # Whoever read the output has seen enough, as `head` does. What is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(141)
     except Interrupted as stopped:
         print(f"{name}: {stopped}", file=sys.stderr)
         sys.exit(stopped.exit_code)

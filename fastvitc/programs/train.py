@@ -46,7 +46,9 @@ def read_settings(args: Sequence[str]) -> tuple[TrainSettings, RunState | None]:
         found = _resumed(known.resume, known.output)
         if found is not None:
             folder, state = found
-            saved = TrainSettings.from_dict(state.settings).changed(output=None)
+            saved = TrainSettings.from_dict(state.settings).changed(
+                output=None, resume=None, resume_anyway=False
+            )
             settings = parse(TrainSettings, PROGRAM, args, saved)
             settings.check_continues(saved)
             return settings.changed(resume=str(folder)), state
@@ -99,7 +101,7 @@ def output_folder(settings: TrainSettings, state: RunState | None) -> RunFolder:
     return RunFolder(path, run.keep)
 
 
-def with_backends(settings: TrainSettings, process: Process) -> TrainSettings:
+def with_backends(settings: TrainSettings, process: Process, resumed: bool = False) -> TrainSettings:
     """The settings with a backend named for every op, equal on all processes.
 
     What auto takes is measured first where there is no measurement and `measures_at_start` says so.
@@ -111,7 +113,7 @@ def with_backends(settings: TrainSettings, process: Process) -> TrainSettings:
     try:
         chosen(process.device, backend, dtype)
     except BackendUnavailable as error:
-        if settings.run.resume is None:
+        if not resumed:
             raise
         raise UsageError(
             f"{error}. To go on with other backends than the run's, pass --backend auto"
@@ -160,9 +162,13 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
     if settings.machine.threads is not None:
         torch.set_num_threads(settings.machine.threads)
     with process_group(settings.machine.device) as process:
+        _check_one_state(process, state)
         images = process.share(process.agree(lambda: find_images(settings)))
-        settings = with_backends(settings, process)
+        settings = with_backends(settings, process, resumed=state is not None)
         parts = assemble(settings, process, *images, state)
+        if state is not None:
+            for held in (state.model, state.ema or {}, *state.optimizers):
+                held.clear()  # it is in the parts now
         folder = process.agree(lambda: output_folder(settings, state))
         try:
             if folder is not None:
@@ -172,6 +178,16 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
             if folder is not None:
                 folder.close()
         return None if folder is None else folder.path
+
+
+def _check_one_state(process: Process, state: RunState | None) -> None:
+    """Raise UsageError where the processes, each of which looked by itself, found different states."""
+    places = process.gather(None if state is None else (state.epoch, state.step))
+    if len(set(places)) > 1:
+        raise UsageError(
+            f"the processes found different states of the run, (epoch, step): {places}; "
+            "the folder must be one that all see, and no other run may write to it"
+        )
 
 
 def main() -> None:

@@ -67,7 +67,8 @@ class Parts:
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
         return [
             (norm.running_mean, norm.running_var)
-            for norm in self.model.modules()
+            for model in dict.fromkeys((self.model, self.evaluated))
+            for norm in model.modules()
             if isinstance(norm, nn.modules.batchnorm._BatchNorm)
         ]
 

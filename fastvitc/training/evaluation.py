@@ -24,12 +24,12 @@ class Accuracy:
     @property
     def top1(self) -> float:
         """Percent of images whose first guess is right."""
-        return 100.0 * self.correct / self.images
+        return 100.0 * self.correct / max(self.images, 1)
 
     @property
     def top5(self) -> float:
         """Percent of images whose class is among the first five guesses."""
-        return 100.0 * self.correct_top5 / self.images
+        return 100.0 * self.correct_top5 / max(self.images, 1)
 
 
 class Evaluation(nn.Module):

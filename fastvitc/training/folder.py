@@ -14,7 +14,7 @@ from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.files import remove_unfinished, write_atomically
 from fastvitc.models.saved import save_weights
 from fastvitc.models.vit import VisionTransformer
-from fastvitc.training.state import RunState, on_host, state_files
+from fastvitc.training.state import CHECKPOINTS, RunState, on_host, state_files
 
 
 class RunFolder:
@@ -49,7 +49,8 @@ class RunFolder:
             ) from error
         except OSError:
             pass  # a file system without locks
-        remove_unfinished(path)
+        for folder in (path, path / CHECKPOINTS, path / "last", path / "best"):
+            remove_unfinished(folder)
         self._writer = Writer()
 
     def save_settings(self, settings: dict[str, Any]) -> None:
@@ -58,19 +59,24 @@ class RunFolder:
         write_atomically(self.path / "args.yaml", lambda path: path.write_text(text))
 
     def save_bad_files(self, names: dict[str, str]) -> None:
-        """Write bad_files.txt: the images that cannot be read, each with the reason."""
-        text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(names.items()))
-        write_atomically(
-            self.path / "bad_files.txt", lambda path: path.write_text(text, errors="surrogateescape")
-        )
+        """Add to bad_files.txt: the images that cannot be read, each with the reason."""
+        file = self.path / "bad_files.txt"
+        before = file.read_text(errors="surrogateescape").splitlines() if file.exists() else []
+        every = dict(line.partition("\t")[::2] for line in before) | names
+        text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(every.items()))
+        write_atomically(file, lambda path: path.write_text(text, errors="surrogateescape"))
 
     def save_state(self, state: RunState) -> None:
         """Hand a state to the writer, and remove the oldest but `keep`. The state must change no more."""
 
         def write() -> None:
-            state.save(state.file_in(self.path))
-            for old in state_files(self.path)[self._keep :]:
-                old.unlink(missing_ok=True)
+            new = state.file_in(self.path)
+            state.save(new)
+            # A later one is of a branch that this run has left, by going on from an older state.
+            files = state_files(self.path)
+            left = [file for file in files if file > new]
+            for file in left + [file for file in files if file <= new][self._keep :]:
+                file.unlink(missing_ok=True)
 
         self._writer.submit(write)
 

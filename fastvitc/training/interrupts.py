@@ -13,6 +13,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._interrupted = False
         self._before: dict[int, object] = {}
 
     @property
@@ -21,7 +22,7 @@ class Interrupts:
         return self._received is not None
 
     def error(self, saved: str) -> Interrupted:
-        """What ends the run once its state is saved; `saved` says where. Any process may have had the signal."""
+        """The exception that ends the run; `saved` says where its state is. Any process may have had the signal."""
         name = "another process's signal" if self._received is None else signal.Signals(self._received).name
         code = 130 if self._received == signal.SIGINT else 75
         return Interrupted(f"stopped by {name}; {saved}", code)
@@ -32,9 +33,10 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
-        self._received = number
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self._received = self._received or number

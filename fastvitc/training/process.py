@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastvitc.errors import FastvitcError, UsageError
+from fastvitc.errors import FastvitcError, Interrupted, UsageError
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Process:
         if self.is_main:
             try:
                 result = step()
-            except FastvitcError as raised:
+            except Exception as raised:
                 error = raised
         if self.sum(torch.tensor(float(error is not None), device=self.device)).item():
             raise error or FastvitcError("the main process failed; its message says why")
@@ -157,5 +157,8 @@ def process_group(device: str = "auto") -> Iterator[Process]:
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), world_size, picked, dist.new_group(backend="gloo"))
-    finally:
+    except Interrupted:  # on all processes
         dist.destroy_process_group()
+        raise
+    # After another error the others may never come: leaving together would wait for them.
+    dist.destroy_process_group()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvitc.data import Batch, Loader
-from fastvitc.errors import FastvitcError
+from fastvitc.errors import DataError, FastvitcError
 from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
 from fastvitc.training.assembly import Parts
 from fastvitc.training.evaluation import Accuracy, precise_batch_norm
@@ -28,9 +28,10 @@ from fastvitc.training.words import Yardstick, duration, introduction, yardstick
 from fastvitc.tuning.machine import versions
 
 _ON_DIVERGENCE = (
-    "what was saved is that of the epochs before. Lower --lr, lengthen --warmup-epochs or set --clip-grad"
+    "the last state that was saved is from before this. "
+    "Lower --lr, lengthen --warmup-epochs or set --clip-grad"
 )
-#: What a process may ask of all.
+#: What a process may ask of all; the largest request wins.
 _NOTHING, _SAVE, _STOP = range(3)
 
 
@@ -58,8 +59,10 @@ class Run:
                 self._meter.restore(own["meter"])
         self._first = self.epoch, self.step
         self._poll, self._interrupts = Poll(parts.process), Interrupts()
+        self._stepped = False
         self._saved_at, self._unsaved = time.monotonic(), 0
-        self._graphs = self._bad_files = 0
+        self._graphs: int | None = None
+        self._bad_files = 0
         self._yardstick: Yardstick | None = None
         self._forecast_told = False
 
@@ -85,9 +88,25 @@ class Run:
             with self._interrupts:
                 while self.epoch < parts.settings.optimisation.epochs:
                     self._epoch(reporter)
-            self._poll.last()
-            if self.folder is not None:
-                self.folder.finish()
+                self._poll.last()
+                if self.folder is not None:
+                    self.folder.finish()
+        except DataError:
+            if self.folder is not None:  # of this process; the others may not come to tell theirs
+                self.folder.save_bad_files(self._own_bad_files())
+            raise
+        except FastvitcError:
+            raise
+        except Exception as error:
+            if not self._interrupts.received:
+                raise
+            # The signal also went to what this process waits for: a compiler, a worker.
+            where = (
+                "what was saved before stays"
+                if self.folder is None
+                else f"--resume {self.folder.path} goes on"
+            )
+            raise self._interrupts.error(f"a step was not finished ({error}); {where}") from error
         finally:
             parts.close()
             if reporter is not None:
@@ -149,7 +168,7 @@ class Run:
             self._meter.add(parts.step(group))
             if parts.ema is not None:
                 parts.ema.update(done)
-            first, self.step = (self.epoch, self.step) == self._first, self.step + 1
+            first, self._stepped, self.step = not self._stepped, True, self.step + 1
             if reporter is not None:
                 reporter.step()
             if first:
@@ -160,9 +179,9 @@ class Run:
                 loss = self._finite(self._meter.mean_loss())
                 if reporter is not None:
                     self._log_point(loss, reporter)
-            self._answer()
+            self._answer(reporter)
 
-    def _answer(self) -> None:
+    def _answer(self, reporter: Reporter | None) -> None:
         """Save, or save and stop, where a process asks for it."""
         run = self.parts.settings.run
         self._unsaved += 1
@@ -170,11 +189,13 @@ class Run:
         due = due or (run.save_every is not None and self._unsaved >= run.save_every)
         request = _STOP if self._interrupts.received else _SAVE if due else _NOTHING
         answer = self._poll(request)
-        if answer == _NOTHING:
+        late = self._unsaved < 2 and self.parts.process.world_size > 1  # asked before the save of a step ago
+        if answer == _NOTHING or (answer == _SAVE and late):
             return
         self._check_finite()
         self._save()
         if answer == _STOP:
+            self._tell_bad_files(reporter)
             self._stop()
 
     def _evaluate(self) -> Accuracy:
@@ -207,6 +228,7 @@ class Run:
         if self.folder is not None:
             self.folder.finish()
             where += f" is saved; continue with --resume {self.folder.path}"
+        self.parts.process.gather(None)  # a launcher ends the others soon after the first that leaves
         raise self._interrupts.error(where)
 
     def _report(self, row: EpochRow, accuracy: Accuracy, reporter: Reporter) -> None:
@@ -219,17 +241,17 @@ class Run:
             f"{row.images_per_second:,.0f} images/s, data wait {row.data_wait:.0%}, MFU {row.mfu:.1%}, "
             f"{row.seconds:.1f} s",
         )
-        self._forecast(row.seconds, reporter)
-        graphs = compiled_graphs()
-        if row.epoch > self._first[0] + 1 and graphs > self._graphs:
+        graphs, whole = compiled_graphs(), self._first <= (row.epoch - 1, 0)
+        if whole:
+            self._forecast(row.seconds, reporter)
+        if self._graphs is not None and graphs > self._graphs:
             reporter.line(f"warning: {graphs - self._graphs} graphs were compiled anew in epoch {row.epoch}")
-        self._graphs = graphs
+        self._graphs = graphs if self._stepped else None
 
     def _tell_bad_files(self, reporter: Reporter | None) -> None:
         """List the images that cannot be read, of all processes, when there are new ones."""
-        loaders = self.parts.train_loader, self.parts.val_loader
-        own = {loader.config.index.name(n): why for loader in loaders for n, why in loader.bad.items()}
-        names = {name: why for bad in self.parts.process.gather(own) for name, why in bad.items()}
+        gathered = self.parts.process.gather(self._own_bad_files())
+        names = {name: why for bad in gathered for name, why in bad.items()}
         if self.folder is None or reporter is None or len(names) == self._bad_files:
             return
         self._bad_files = len(names)
@@ -238,6 +260,10 @@ class Run:
             f"warning: {len(names)} images cannot be read; {self.folder.path / 'bad_files.txt'} lists them. "
             "In training others take their places, in validation they count as not seen"
         )
+
+    def _own_bad_files(self) -> dict[str, str]:
+        loaders = self.parts.train_loader, self.parts.val_loader
+        return {loader.config.index.name(n): why for loader in loaders for n, why in loader.bad.items()}
 
     def _log_point(self, loss: float, reporter: Reporter) -> None:
         parts, lr = self.parts, self._rate()

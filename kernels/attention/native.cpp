@@ -25,7 +25,7 @@ struct Shape {
   int64_t depth = round_up(tokens, 2);
 };
 
-// exp to about the accuracy of what is done with it: bfloat16 products of it, or float32 ones.
+// exp, only as exact as the dtype of the products that take it.
 template <typename M>
 inline Vec exponential(const Vec& x) {
   if constexpr (std::is_same_v<M, float>) {
@@ -35,9 +35,8 @@ inline Vec exponential(const Vec& x) {
   }
 }
 
-// The rows of one head, `stride` apart, to a dense (t, d) matrix with zeros around them. The rows of the next head,
-// of this image or, after its `last`, of the next one, are on their way to the cache meanwhile: the processor does not
-// foresee them.
+// Copies the rows of one head, `stride` apart, to a dense (t, d) matrix with zeros around them. Meanwhile it fetches the
+// rows of the next head into the cache, of the next image after the `last` head: the processor does not foresee them.
 template <typename T, typename M>
 void gather(const T* from, int64_t stride, bool last, const Shape& s, M* to) {
   constexpr size_t kCacheLine = 64;

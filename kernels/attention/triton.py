@@ -4,9 +4,8 @@ B batch, T tokens, N heads, D head dim. Forward: one program per block of BM que
 launch in one of two forms, both of which recompute P from the row log-sum-exp:
 
 - resident, where a head's K, V and their gradients fit on chip: one program per (image, head) walks over the queries;
-- in roles, for everything else: one program per (image, head) and role, a block of keys, which makes dK and dV, or a
-  block of queries, which makes dQ. The scores are made twice, 7 products of matrices for 5; reads that the roles share
-  come from the cache.
+- in roles, for everything else: some programs make dK and dV of a block of keys, the others dQ of a block of queries.
+  The scores are made twice, which takes 7 matrix products instead of 5; reads that both make come from the cache.
 
 What crosses DRAM is qkv, out, dout and lse once, and dqkv. Each element of the gradient is written by one program:
 results repeat bitwise. Limit: keys past the last token are computed and masked, 256 for 197 tokens where resident.

@@ -19,7 +19,7 @@ struct Matrix {
   explicit Matrix(const at::Tensor& x)  // channels-last
       : channels(x.size(1)), values(x.numel()) {}
   int64_t channels, values;
-  int64_t period = std::lcm(channels, 8 * kLane);  // a sum is not touched again before four pairs later
+  int64_t period = std::lcm(channels, 8 * kLane);  // four pairs of sums take turns, so that none waits for its last addition
   int64_t periods = (values + period - 1) / period;
 
   // strip(i, j, count) for each pair of vectors of one period: `count` values at i, from column j of the period.

@@ -81,6 +81,11 @@ def _is_whole(path: Path) -> bool:
     return _digest_file(path).read_text() == _digest(path)
 
 
+def _put(path: Path, content: bytes) -> None:
+    path.chmod(0o600)  # whatever this user lets others write elsewhere
+    path.write_bytes(content)
+
+
 def _digest_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
@@ -143,8 +148,9 @@ def _build(path: Path, flags: list[str]) -> bool:
                     "fastvitc: that failed (fastvitc-info says why); PyTorch's ops are taken", file=sys.stderr
                 )
                 raise
-            write_atomically(path, lambda temporary: shutil.copyfile(built, temporary))
-            write_atomically(_digest_file(path), lambda temporary: temporary.write_text(_digest(path)))
+            digest = _digest(built)
+            write_atomically(path, lambda temporary: _put(temporary, built.read_bytes()))
+            write_atomically(_digest_file(path), lambda temporary: _put(temporary, digest.encode()))
         print(f"fastvitc: built in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         return True
 

@@ -89,8 +89,8 @@ inline void store_pair(T* to, const Vec& lo, const Vec& hi, int64_t count) {
   std::copy_n(values, count, to);
 }
 
-// `strip(first, count)` along a row, `count` values at a time: 2 * kLane, known to the compiler by the type where it is
-// taken as `auto`, or what is left.
+// Calls `strip(first, count)` along a row. `count` is 2 * kLane, a constant to the compiler where it is taken as `auto`;
+// at the end it is what is left.
 template <typename Strip>
 inline void for_each_strip(int64_t size, const Strip& strip) {
   int64_t first = 0;

@@ -124,7 +124,11 @@ def tiny_library(empty, tmp_path, monkeypatch):
     source = tmp_path / "native.cpp"
     source.write_text(TINY)
     run = subprocess.run(
-        [sys.executable, "-c", BUILD_TINY, str(source)], capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", BUILD_TINY, str(source)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        umask=0o002,
     )
     assert run.stdout.split() == ["None", "1"], run.stderr
     (library,) = (empty / "native").glob("*.so")
@@ -139,6 +143,7 @@ def test_a_damaged_library_is_built_again_and_one_that_others_may_write_is_refus
         command = [sys.executable, "-c", BUILD_TINY, str(source)]
         return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
+    assert library.stat().st_mode & 0o077 == 0
     library.write_bytes(library.read_bytes()[:1000])
     again = answer()
     assert again.stdout.split() == ["None", "1"], again.stderr

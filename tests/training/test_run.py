@@ -1,5 +1,7 @@
 import os
+import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from fastvitc.training.process import Process
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.report import read_summary
 from fastvitc.training.run import Run
-from fastvitc.training.state import newest_state, state_files
+from fastvitc.training.state import RunState, newest_state, state_files
 
 HERE = Process(0, 1, torch.device("cpu"))
 
@@ -58,7 +60,7 @@ def test_weights_that_are_not_finite_are_never_saved_over_those_that_are(tmp_pat
     monkeypatch.setattr(
         "fastvitc.training.run.set_rates", lambda optimizers, share: set_rates(optimizers, 1e42)
     )
-    with pytest.raises(FastvitcError, match="not finite in epoch 2 after step 1; what was saved"):
+    with pytest.raises(FastvitcError, match="not finite in epoch 2 after step 1; the last state"):
         run_in(tmp_path, state, images=4, epochs=2, mixup=0.0)
     assert_equal(weights_of(tmp_path), good)
     assert newest_state(tmp_path)[1].epoch == 1
@@ -87,8 +89,8 @@ def test_a_run_that_was_cut_after_any_step_goes_on_bit_for_bit(cut, precision, e
     run_in(tmp_path / "whole", **options)
     answer, steps = Run._answer, []
 
-    def cut_after(run):
-        answer(run)
+    def cut_after(run, reporter):
+        answer(run, reporter)
         steps.append(run.step)
         if len(steps) == cut:
             run.folder.finish()
@@ -186,3 +188,18 @@ def test_the_log_says_once_how_long_an_epoch_takes_before_the_second_one_starts(
         assert log.count("an epoch takes about") == 1
         assert "on this machine, 3 epochs" in log
         assert log.index("an epoch takes about") < log.index("epoch 2/3:")
+
+
+@pytest.mark.slow
+def test_a_run_that_went_on_from_an_older_state_keeps_its_own(tmp_path):
+    run_in(tmp_path, images=32, epochs=1, save_every=2)
+    older = state_files(tmp_path)[-1]
+    run_in(tmp_path, RunState.load(older), images=32, epochs=2, save_every=2)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "other" / "checkpoints")
+    state = RunState.load(state_files(tmp_path)[-1])
+    held = RunFolder(tmp_path / "other", keep=2)
+    back = replace(state, epoch=0, step=1)
+    held.save_state(back)
+    held.close()
+    assert state_files(tmp_path / "other") == [back.file_in(tmp_path / "other")]

@@ -231,7 +231,9 @@ def settle(settings=None, **changes):
     settings = settings or TrainSettings().changed(
         model="vitc_nano", precision="fp32", batch_size=4, compile=False
     )
-    return train_program.with_backends(settings.changed(**changes), Process(0, 1, CPU)).model.backend
+    settings = settings.changed(**changes)
+    resumed = settings.run.resume is not None
+    return train_program.with_backends(settings, Process(0, 1, CPU), resumed).model.backend
 
 
 @pytest.fixture

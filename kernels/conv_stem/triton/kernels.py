@@ -196,8 +196,8 @@ def _conv_bwd_input_kernel(
 ):
     """Pixels fall into S·S classes by their residue: each sees its own taps, and no product is with zero.
 
-    With `sums` a tile's rows are one place of BM images, IMAGES of them with padding, so that the sum over the images
-    falls out; every place is then one output's alone.
+    With `sums` a tile holds one pixel position of BM images (padded to IMAGES), so that the sum of its rows is the sum
+    over the images. One program writes each position.
     """
     dtype: tl.constexpr = weight.dtype.element_ty
     OH: tl.constexpr = (H + 2 * P - KH) // S + 1

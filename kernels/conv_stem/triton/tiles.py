@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
 
 
 def runs_on(channels: int) -> bool:
-    """Whether K runs on over the taps: where one tap has fewer channels than the smallest tile of a matrix unit."""
+    """Whether a tile of K spans several taps: where a tap has fewer channels than a matrix unit's smallest tile."""
     return channels < 16
 
 
