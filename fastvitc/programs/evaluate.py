@@ -120,7 +120,10 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
         model, process, dtype=dtype, batch_size=settings.batch_size, compile=settings.compile
     )
     try:
-        return evaluator(loader)
+        accuracy = evaluator(loader)
+        for reason in loader.bad.values():
+            print(f"warning: {reason}; it counts as not seen", file=sys.stderr)
+        return accuracy
     finally:
         loader.close()
 

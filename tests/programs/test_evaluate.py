@@ -35,3 +35,12 @@ def test_evaluation_reads_other_libraries_checkpoints(finished, few_digits, tmp_
         "--data-dir", few_digits, "--crop-ratio", "0.875",
     )  # fmt: skip
     assert theirs.split(",")[0] == ours.split(",")[0]
+
+
+def test_an_image_that_cannot_be_read_is_named_and_not_counted(finished, few_digits, tmp_path, capsys):
+    data = shutil.copytree(few_digits, tmp_path / "data")
+    bad = next((data / "val" / "1").iterdir())
+    bad.write_bytes(b"<html>")
+    printed = said(evaluate_program, finished[0] / "last", "--data-dir", data, "--workers", 0)
+    assert "of 14)" in printed
+    assert f"warning: cannot read the image {bad}" in capsys.readouterr().err
