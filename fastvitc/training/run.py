@@ -18,13 +18,12 @@ from fastvitc.training.assembly import Parts
 from fastvitc.training.evaluation import Accuracy, precise_batch_norm
 from fastvitc.training.folder import RunFolder
 from fastvitc.training.interrupts import Interrupts
+from fastvitc.training.log import RunLog
 from fastvitc.training.meter import Meter
 from fastvitc.training.optim import set_rates
 from fastvitc.training.process import Poll
-from fastvitc.training.report import EpochRow, Reporter
+from fastvitc.training.report import EpochRow
 from fastvitc.training.state import RunState, on_host
-from fastvitc.training.step import compiled_graphs
-from fastvitc.training.words import Yardstick, duration, introduction, yardstick
 from fastvitc.tuning.machine import versions
 
 _ON_DIVERGENCE = (
@@ -57,14 +56,9 @@ class Run:
             if state.data == parts.data:
                 self.step = state.step
                 self._meter.restore(own["meter"])
-        self._first = self.epoch, self.step
         self._poll, self._interrupts = Poll(parts.process), Interrupts()
         self._stepped = False
         self._saved_at, self._unsaved = time.monotonic(), 0
-        self._graphs: int | None = None
-        self._bad_files = 0
-        self._yardstick: Yardstick | None = None
-        self._forecast_told = False
 
     def train(self) -> float:
         """Run all epochs; return the best validation top-1 in percent.
@@ -73,21 +67,12 @@ class Run:
             Interrupted: the run was asked to stop; its state is saved.
             FastvitcError: the run diverged, or it cannot be saved.
         """
-        parts, reporter = self.parts, None
-        if self.folder is not None:
-            done = self.epoch * parts.steps + self.step
-            reporter = Reporter(self.folder.path, rows=self._rows, steps=done)
-            # On the main process alone: several at once would share the cores that they measure.
-            self._yardstick = yardstick(parts)
-            for line in introduction(parts, self._yardstick, self.folder.path):
-                reporter.line(line)
-            if self._resumed:
-                place = f"after step {self.step} of {parts.steps}" if self.step else "at its start"
-                reporter.line(f"resumed in epoch {self.epoch + 1}, {place}")
+        parts = self.parts
+        log = RunLog(parts, self.folder, self._rows, self.epoch, self.step, self._resumed)
         try:
             with self._interrupts:
                 while self.epoch < parts.settings.optimisation.epochs:
-                    self._epoch(reporter)
+                    self._epoch(log)
                 self._poll.last()
                 if self.folder is not None:
                     self.folder.finish()
@@ -109,19 +94,13 @@ class Run:
             raise self._interrupts.error(f"a step was not finished ({error}); {where}") from error
         finally:
             parts.close()
-            if reporter is not None:
-                reporter.close()
-        if reporter is not None and self.folder is not None:
-            best, path = max(self._rows, key=lambda row: row.val_top1), self.folder.path
-            reporter.line(
-                f"best validation top-1: {best.val_top1:.2f}% in epoch {best.epoch}; weights: {path / 'best'}; "
-                f"curves: {path / 'curves.png'}"
-            )
+            log.close()
+        log.end(self._rows)
         return self.best
 
-    def _epoch(self, reporter: Reporter | None) -> None:
+    def _epoch(self, log: RunLog) -> None:
         parts, start = self.parts, time.perf_counter()
-        self._train_epoch(reporter)
+        self._train_epoch(log)
         train_loss = self._check_finite()
         images_per_second, data_wait = self._meter.rates()
         accuracy = self._evaluate()
@@ -134,7 +113,7 @@ class Run:
             lr=self._rate(),
             images_per_second=images_per_second,
             data_wait=data_wait,
-            mfu=self._mfu(images_per_second),
+            mfu=log.mfu(images_per_second),
             seconds=time.perf_counter() - start,
         )
         self._rows.append(row)
@@ -143,18 +122,15 @@ class Run:
         self._meter = Meter(parts.images_per_step, parts.process)
         self._save_models(row, is_best)
         self._save()
-        self._tell_bad_files(reporter)
-        if reporter is not None:
-            self._report(row, accuracy, reporter)
+        self._tell_bad_files(log)
+        log.end_epoch(row, accuracy)
 
-    def _train_epoch(self, reporter: Reporter | None) -> None:
+    def _train_epoch(self, log: RunLog) -> None:
         """The steps of an epoch that are left."""
         parts, log_every = self.parts, self.parts.settings.run.log_every
         accumulate = parts.settings.optimisation.grad_accum_steps
         parts.train_loader.seek(self.epoch, self.step * accumulate)
-        if reporter is not None:
-            epochs = parts.settings.optimisation.epochs
-            reporter.start_epoch(self.epoch + 1, epochs, parts.steps, self.step)
+        log.start_epoch(self.epoch, self.step)
         batches = iter(parts.train_loader)
         while self.step < parts.steps:
             done = self.epoch * parts.steps + self.step
@@ -169,19 +145,13 @@ class Run:
             if parts.ema is not None:
                 parts.ema.update(done)
             first, self._stepped, self.step = not self._stepped, True, self.step + 1
-            if reporter is not None:
-                reporter.step()
-            if first:
-                seconds = self._meter.restart()
-                if reporter is not None:
-                    reporter.line(f"first step, compilation included: {seconds:.1f} s")
-            elif self.step % log_every == 0 and self.step < parts.steps:
+            log.step(self._meter.restart() if first else None)
+            if not first and self.step % log_every == 0 and self.step < parts.steps:
                 loss = self._finite(self._meter.mean_loss())
-                if reporter is not None:
-                    self._log_point(loss, reporter)
-            self._answer(reporter)
+                log.point(self.epoch, self.step, loss, self._rate(), self._meter.rates())
+            self._answer(log)
 
-    def _answer(self, reporter: Reporter | None) -> None:
+    def _answer(self, log: RunLog) -> None:
         """Save, or save and stop, where a process asks for it."""
         run = self.parts.settings.run
         self._unsaved += 1
@@ -195,7 +165,7 @@ class Run:
         self._check_finite()
         self._save()
         if answer == _STOP:
-            self._tell_bad_files(reporter)
+            self._tell_bad_files(log)
             self._stop()
 
     def _evaluate(self) -> Accuracy:
@@ -231,58 +201,14 @@ class Run:
         self.parts.process.gather(None)  # a launcher ends the others soon after the first that leaves
         raise self._interrupts.error(where)
 
-    def _report(self, row: EpochRow, accuracy: Accuracy, reporter: Reporter) -> None:
-        o = self.parts.settings.optimisation
-        reporter.end_epoch(
-            row,
-            row.epoch * self.parts.steps,
-            f"epoch {row.epoch}/{o.epochs}: loss {row.train_loss:.4f}, validation loss {row.val_loss:.4f}, "
-            f"top-1 {row.val_top1:.2f}%, top-5 {row.val_top5:.2f}% of {accuracy.images}, "
-            f"{row.images_per_second:,.0f} images/s, data wait {row.data_wait:.0%}, MFU {row.mfu:.1%}, "
-            f"{row.seconds:.1f} s",
-        )
-        graphs, whole = compiled_graphs(), self._first <= (row.epoch - 1, 0)
-        if whole:
-            self._forecast(row.seconds, reporter)
-        if self._graphs is not None and graphs > self._graphs:
-            reporter.line(f"warning: {graphs - self._graphs} graphs were compiled anew in epoch {row.epoch}")
-        self._graphs = graphs if self._stepped else None
-
-    def _tell_bad_files(self, reporter: Reporter | None) -> None:
-        """List the images that cannot be read, of all processes, when there are new ones."""
+    def _tell_bad_files(self, log: RunLog) -> None:
+        """Tell of the images that cannot be read, of all processes."""
         gathered = self.parts.process.gather(self._own_bad_files())
-        names = {name: why for bad in gathered for name, why in bad.items()}
-        if self.folder is None or reporter is None or len(names) == self._bad_files:
-            return
-        self._bad_files = len(names)
-        self.folder.save_bad_files(names)
-        reporter.line(
-            f"warning: {len(names)} images cannot be read; {self.folder.path / 'bad_files.txt'} lists them. "
-            "In training others take their places, in validation they count as not seen"
-        )
+        log.bad_files({name: why for bad in gathered for name, why in bad.items()})
 
     def _own_bad_files(self) -> dict[str, str]:
         loaders = self.parts.train_loader, self.parts.val_loader
         return {loader.config.index.name(n): why for loader in loaders for n, why in loader.bad.items()}
-
-    def _log_point(self, loss: float, reporter: Reporter) -> None:
-        parts, lr = self.parts, self._rate()
-        rate, wait = self._meter.rates()
-        text = (
-            f"  step {self.step}/{parts.steps}: loss {loss:.4f}, learning rate {lr:.2e}, "
-            f"{rate:,.0f} images/s, data wait {wait:.0%}, MFU {self._mfu(rate):.1%}"
-        )
-        done = self.epoch * parts.steps + self.step
-        reporter.point(done, text, loss=loss, lr=lr, images_per_second=rate)
-        self._forecast(parts.steps * parts.images_per_step / rate, reporter)
-
-    def _forecast(self, seconds: float, reporter: Reporter) -> None:
-        """Say once, as soon as it is known, how long an epoch takes here and what that makes of the run."""
-        epochs = self.parts.settings.optimisation.epochs - self._first[0]
-        if not self._forecast_told and epochs > 1:
-            one, all_of_them = duration(seconds), duration(epochs * seconds)
-            reporter.line(f"an epoch takes about {one} on this machine, {epochs} epochs {all_of_them}")
-        self._forecast_told = True
 
     def _seed(self, step: int) -> None:
         """One random stream per step and process: it does not depend on where the run was resumed."""
@@ -300,9 +226,6 @@ class Run:
 
     def _rate(self) -> float:
         return self.parts.optimizers[0].param_groups[0]["lr"]
-
-    def _mfu(self, images_per_second: float) -> float:
-        return 0.0 if self._yardstick is None else self._yardstick.share(images_per_second)
 
     def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):
