@@ -1,5 +1,6 @@
 """The range of a number stands beside it, as in `epochs: Annotated[int, at_least(1)]`; one function checks them all."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -8,11 +9,12 @@ from typing import Any, get_type_hints
 from fastvitc.errors import UsageError
 
 
-class Rule:
+class Rule(ABC):
     """Says whether a value is as it must be; its text says how that is."""
 
+    @abstractmethod
     def holds(self, value: Any) -> bool:
-        raise NotImplementedError
+        """Whether it is."""
 
 
 @dataclass(frozen=True)

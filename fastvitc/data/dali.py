@@ -82,7 +82,7 @@ class DaliLoader(Loader):
                     self._pipeline.run()
             except StopIteration:
                 self._pipeline.reset()
-            except RuntimeError:  # a bad file that nobody asked for yet
+            except (RuntimeError, DataError):  # a bad file that nobody asked for yet
                 self.close()
         if self._pipeline is None:
             c = self.config

@@ -174,10 +174,8 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
             if folder is not None:
                 folder.save_settings(settings.to_dict())
             Run(parts, state, folder).train()
-        except (
-            KeyboardInterrupt
-        ):  # a second Ctrl-C waits for no write; the next run here removes what it left
-            folder = None
+        except KeyboardInterrupt:
+            folder = None  # a second Ctrl-C waits for no write; the next run here removes what it left
             raise
         finally:
             if folder is not None:

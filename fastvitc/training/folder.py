@@ -2,6 +2,7 @@
 
 import fcntl
 import queue
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -47,8 +48,11 @@ class RunFolder:
             raise UsageError(
                 f"another run is writing to {path}; wait for it to end, or choose another --output"
             ) from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            print(
+                f"warning: {path} cannot be locked ({error.strerror}); see to it that no other run writes there",
+                file=sys.stderr,
+            )
         for folder in (path, path / CHECKPOINTS, path / "last", path / "best"):
             remove_unfinished(folder)
         self._writer = Writer()

@@ -62,7 +62,7 @@ def record(device: torch.device, dtype: torch.dtype, results: Mapping[str, Measu
             text = _merged(path, device, dtype, results)
             write_atomically(path, lambda temporary: temporary.write_text(text))
     except OSError as error:
-        _merged(path, device, dtype, results)
+        _add(_known.setdefault(_place(device), {}), dtype, results)
         warnings.warn(
             f"cannot write the measured backends to {path} ({error.strerror}); they hold for this process. "
             "Set FASTVITC_CACHE to a writable folder",
@@ -76,13 +76,17 @@ def _merged(path: Path, device: torch.device, dtype: torch.dtype, results: Mappi
         path.read_bytes()  # a passing failure must not look like a file without measurements
     entries = _read(path)
     here = entries.setdefault(_key(device), {})
-    here[_name(dtype)] = {**here.pop(_name(dtype), {}), **results}  # the last measured comes last
+    _add(here, dtype, results)
     _known[_place(device)] = here
     plain = {
         k: {d: {op: asdict(result) for op, result in ops.items()} for d, ops in by_dtype.items()}
         for k, by_dtype in entries.items()
     }
     return json.dumps(plain, indent=2) + "\n"
+
+
+def _add(here: _ByDtype, dtype: torch.dtype, results: Mapping[str, Measured]) -> None:
+    here[_name(dtype)] = {**here.pop(_name(dtype), {}), **results}  # the last measured comes last
 
 
 def _read(path: Path) -> dict[str, _ByDtype]:

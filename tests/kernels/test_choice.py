@@ -1,5 +1,6 @@
 """Which backend runs: names, mappings, and the file of what was measured."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -277,3 +278,18 @@ def test_processes_that_measure_at_once_lose_nothing(cache):
     assert [other.wait(100) for other in others] == [0, 0, 0]
     forget()
     assert measured(CPU, torch.float32).keys() == set(ops)
+
+
+def test_a_file_that_cannot_be_read_is_not_written_over_and_the_measurement_holds_here(cache, monkeypatch):
+    record(CPU, torch.float32, {"attention": FLASH})
+    before = measured_choices.choices_file().read_bytes()
+
+    def fail(path):
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_bytes", fail)
+        with pytest.warns(UserWarning, match="input/output error"):
+            record(CPU, torch.float32, {"conv_stem": Measured("torch", {"torch": 1.0}, {})})
+    assert measured(CPU, torch.float32).keys() == {"attention", "conv_stem"}
+    assert measured_choices.choices_file().read_bytes() == before
