@@ -101,8 +101,7 @@ class ImageIndex:
 
     def name(self, number: int) -> str:
         """An image's name, as messages give it."""
-        assert self.source is not None
-        return self.source.name(number)
+        return f"made-up image {number}" if self.source is None else self.source.name(number)
 
 
 def index_folder(data_dir: str | os.PathLike[str]) -> tuple[ImageIndex, ImageIndex]:

@@ -23,7 +23,7 @@ from fastvitc.training.process import Process, process_group
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.run import Run
 from fastvitc.training.settings import Recipe, TrainSettings
-from fastvitc.training.state import RunState, newest_state, state_files
+from fastvitc.training.state import RunState, newest_state, trained_states
 from fastvitc.tuning.machine import PRECISIONS, describe
 from fastvitc.tuning.measure import Setting
 from fastvitc.tuning.tune import measures_at_start, table, tune, unmeasured
@@ -51,6 +51,10 @@ def read_settings(args: Sequence[str]) -> tuple[TrainSettings, RunState | None]:
             )
             settings = parse(TrainSettings, PROGRAM, args, saved)
             settings.check_continues(saved)
+            if known.resume == "auto" and state.epoch >= settings.optimisation.epochs:
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"the run in {folder} has finished its {state.epoch} epochs; nothing is left to do")
+                sys.exit(0)
             return settings.changed(resume=str(folder)), state
     recipe = known.recipe or ("digits" if known.data_dir is None else "small")
     if recipe not in get_args(Recipe):
@@ -69,7 +73,7 @@ def _resumed(resume: str, output: str | None) -> tuple[Path, RunState] | None:
         return newest_state(Path(resume))
     if output is None:
         raise UsageError("--resume auto needs the run's folder: give it with --output")
-    return newest_state(Path(output)) if state_files(Path(output)) else None
+    return newest_state(Path(output)) if trained_states(Path(output)) else None
 
 
 def _with_hyphens(arg: str) -> str:
@@ -88,13 +92,13 @@ def find_images(settings: TrainSettings) -> tuple[ImageIndex, ImageIndex]:
 
 
 def output_folder(settings: TrainSettings, state: RunState | None) -> RunFolder:
-    """The run's folder; it holds no other run."""
+    """The run's folder; it holds no other run, or one in which nothing was trained."""
     run = settings.run
     if state is not None:
         return RunFolder(Path(run.resume), run.keep)
     default = Path("runs", f"{settings.model.model}-{time.strftime('%Y%m%d-%H%M%S')}")
     path = default if run.output is None else Path(run.output)
-    if state_files(path):
+    if trained_states(path):
         raise UsageError(
             f"{path} already holds a run; choose another --output, or continue it with --resume {path}"
         )
@@ -166,14 +170,15 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
         images = process.share(process.agree(lambda: find_images(settings)))
         settings = with_backends(settings, process, resumed=state is not None)
         parts = assemble(settings, process, *images, state)
-        if state is not None:
-            for held in (state.model, state.ema or {}, *state.optimizers):
-                held.clear()  # it is in the parts now
         folder = process.agree(lambda: output_folder(settings, state))
         try:
             if folder is not None:
                 folder.save_settings(settings.to_dict())
-            Run(parts, state, folder).train()
+            run = Run(parts, state, folder)
+            if state is not None:
+                for held in (state.model, state.ema or {}, *state.optimizers):
+                    held.clear()  # it is in the parts now
+            run.train()
         except KeyboardInterrupt:
             folder = None  # a second Ctrl-C waits for no write; the next run here removes what it left
             raise

@@ -58,10 +58,20 @@ class Parts:
         """What is this process's own: the running statistics of its batches, on the host."""
         return {"statistics": on_host([list(pair) for pair in self._statistics()])}
 
-    def restore_own(self, state: dict[str, Any]) -> None:
-        """Go on from what `own_state` gave."""
-        for pair, saved in zip(self._statistics(), state["statistics"], strict=True):
-            for tensor, value in zip(pair, saved, strict=True):
+    def restore(self, state: RunState) -> None:
+        """Take over a state's weights, averages and optimisers, and what is this process's own.
+
+        Raises:
+            CheckpointError: the weights do not fit the model.
+        """
+        load_weights(self.model, state.model)
+        if self.ema is not None:
+            load_weights(self.ema.model, state.ema or state.model)
+        for optimizer, saved in zip(self.optimizers, state.optimizers, strict=True):
+            optimizer.load_state_dict(saved)
+        own = state.processes[self.process.rank]
+        for pair, values in zip(self._statistics(), own["statistics"], strict=True):
+            for tensor, value in zip(pair, values, strict=True):
                 tensor.copy_(value)
 
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
@@ -85,11 +95,10 @@ def assemble(
     val: ImageIndex,
     state: RunState | None = None,
 ) -> Parts:
-    """The parts of a run; with a state those of a run that goes on from there.
+    """The parts of a run; with a state those of a run that can go on from there, by `Parts.restore`.
 
     Raises:
         UsageError: settings that do not fit the data, the machine or the state.
-        CheckpointError: the state's weights do not fit the model.
     """
     s, dtype = settings, PRECISIONS[settings.machine.precision]
     backends = chosen(process.device, s.model.backend, dtype)
@@ -121,13 +130,17 @@ def assemble(
     optimizers = create_optimizers(model, o.opt, lr=o.lr, weight_decay=o.weight_decay)
     ema = _ema(s, model, steps, images_per_step) if o.model_ema else None
     data = _data_digest(train, val, train_loader, s, process.world_size)
+    schedule = Schedule(o.epochs, o.warmup_epochs)
     if state is not None:
         if state.data != data and not s.run.resume_anyway:
             raise UsageError(
                 "the images or the loader are not those that the run began with, so it cannot go on exactly. "
                 "Give it the same, or add --resume-anyway to go on from the start of its epoch"
             )
-        _restore(state, model, ema, optimizers)
+        (_, first), *changes = state.lengths
+        now = state.epoch + (state.step / steps if state.data == data else 0.0)
+        schedule = Schedule(first, o.warmup_epochs, changes=tuple((a, b) for a, b in changes))
+        schedule = schedule.to_last(o.epochs, now)
     process.same_weights(model)
     return Parts(
         settings=s,
@@ -142,7 +155,7 @@ def assemble(
         steps=steps,
         images_per_step=images_per_step,
         optimizers=optimizers,
-        schedule=Schedule(o.epochs, o.warmup_epochs),
+        schedule=schedule,
         mixing=Mixing(o.mixup, o.cutmix),
         step=TrainStep(
             model,
@@ -227,13 +240,3 @@ def _ema(settings: TrainSettings, model: VisionTransformer, steps: int, images_p
     elif rate is None:
         rate = 1.0 - 0.5 ** (o.model_ema_every / steps)
     return ModelEma(model, rate=rate, every=o.model_ema_every, warmup_steps=int(o.warmup_epochs * steps))
-
-
-def _restore(
-    state: RunState, model: VisionTransformer, ema: ModelEma | None, optimizers: list[Optimizer]
-) -> None:
-    load_weights(model, state.model)
-    if ema is not None:
-        load_weights(ema.model, state.ema or state.model)
-    for optimizer, saved in zip(optimizers, state.optimizers, strict=True):
-        optimizer.load_state_dict(saved)

@@ -70,6 +70,13 @@ class RunFolder:
         text = "".join(f"{name}\t{reason}\n" for name, reason in sorted(every.items()))
         write_atomically(file, lambda path: path.write_text(text, errors="surrogateescape"))
 
+    def add_skipped(self, lines: list[str]) -> None:
+        """Add to skipped.txt: the images of steps that are left out."""
+        file = self.path / "skipped.txt"
+        before = file.read_text(errors="surrogateescape") if file.exists() else ""
+        text = before + "".join(f"{line}\n" for line in lines)
+        write_atomically(file, lambda path: path.write_text(text, errors="surrogateescape"))
+
     def save_state(self, state: RunState) -> None:
         """Hand a state to the writer, and remove the oldest but `keep`. The state must change no more."""
 

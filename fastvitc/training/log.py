@@ -96,6 +96,15 @@ class RunLog:
             self._line(f"warning: {graphs - self._graphs} graphs were compiled anew in epoch {row.epoch}")
         self._graphs = graphs if self._stepped else None
 
+    def went_back(self, why: str, epoch: int, step: int, skipped: int) -> None:
+        """The run goes on from a state before, and leaves so many steps out."""
+        if self._reporter is not None and self._folder is not None:
+            self._reporter.stop_epoch()
+            self._line(
+                f"warning: {why}. The run goes back to epoch {epoch + 1}, step {step}, and leaves out {skipped} steps; "
+                f"{self._folder.path / 'skipped.txt'} lists their images"
+            )
+
     def bad_files(self, names: Mapping[str, str]) -> None:
         """The images that cannot be read, with the reasons; told when there are new ones."""
         if self._folder is None or len(names) == self._bad_files:

@@ -1,7 +1,7 @@
 """Parameter groups, optimisers, the learning-rate schedule and the moving average of the weights."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Literal
 
@@ -50,21 +50,43 @@ def set_rates(optimizers: Sequence[Optimizer], share: float) -> None:
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate as a share of the highest: half-cosine from 1 to `end_factor`, times a linear warm-up from
-    `warmup_factor` (paper, section 4)."""
+    `warmup_factor` (paper, section 4).
+
+    Attributes:
+        epochs: of the run, as planned at its begin.
+        changes: (epoch, epochs): from that epoch on the run was to have so many epochs. The rate goes on from where it
+            was, and its fall ends with the run.
+    """
 
     epochs: float
     warmup_epochs: float = 5.0
     warmup_factor: float = 0.1
     end_factor: float = 0.005
+    changes: tuple[tuple[float, float], ...] = ()
 
     def at(self, epoch: float) -> float:
         """The share at a (fractional) epoch."""
-        half_cosine = 0.5 * (1.0 + cos(pi * min(epoch / self.epochs, 1.0)))
+        half_cosine = 0.5 * (1.0 + cos(pi * self._progress(epoch)))
         share = self.end_factor + (1.0 - self.end_factor) * half_cosine
         if epoch < self.warmup_epochs:
             progress = epoch / self.warmup_epochs
             share *= self.warmup_factor + (1.0 - self.warmup_factor) * progress
         return share
+
+    def to_last(self, epochs: float, now: float) -> "Schedule":
+        """This schedule for a run that is at the epoch `now` and is to have so many epochs."""
+        planned = self.changes[-1][1] if self.changes else self.epochs
+        return self if epochs == planned else replace(self, changes=(*self.changes, (now, epochs)))
+
+    def _progress(self, epoch: float) -> float:
+        """How far the fall has come, from 0 to 1."""
+        progress = 0.0
+        plans = [(0.0, self.epochs), *self.changes]
+        for (start, end), (until, _) in zip(plans, [*self.changes, (epoch, 0.0)], strict=True):
+            here = min(until, epoch) - start
+            share = 1.0 if here >= end - start else max(here / (end - start), 0.0)
+            progress += (1.0 - progress) * share
+        return progress
 
 
 class ModelEma:

@@ -83,11 +83,15 @@ class Reporter:
         else:
             self._bar.set_postfix_str(text)
 
-    def end_epoch(self, row: EpochRow, step: int, text: str) -> None:
-        """The end of an epoch, after optimiser step number `step`."""
+    def stop_epoch(self) -> None:
+        """Leave an epoch, at its end or before it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def end_epoch(self, row: EpochRow, step: int, text: str) -> None:
+        """The end of an epoch, after optimiser step number `step`."""
+        self.stop_epoch()
         self._rows.append(row)
         self._write_csv()
         for name, value in asdict(row).items():
@@ -96,8 +100,7 @@ class Reporter:
 
     def close(self) -> None:
         """Draw the curves and release the files."""
-        if self._bar is not None:
-            self._bar.close()
+        self.stop_epoch()
         if self._rows:
             draw_curves(self._rows, self._curves)
         self._board.close()

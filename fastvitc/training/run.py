@@ -1,10 +1,11 @@
 """A training run: the loop over epochs and steps, and when it saves."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
+from math import isfinite
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -17,19 +18,16 @@ from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
 from fastvitc.training.assembly import Parts
 from fastvitc.training.evaluation import Accuracy, precise_batch_norm
 from fastvitc.training.folder import RunFolder
+from fastvitc.training.health import NotFinite, Watch
 from fastvitc.training.interrupts import Interrupts
 from fastvitc.training.log import RunLog
 from fastvitc.training.meter import Meter
 from fastvitc.training.optim import set_rates
 from fastvitc.training.process import Poll
 from fastvitc.training.report import EpochRow
-from fastvitc.training.state import RunState, on_host
+from fastvitc.training.state import RunState, newest_state, on_host
 from fastvitc.tuning.machine import versions
 
-_ON_DIVERGENCE = (
-    "the last state that was saved is from before this. "
-    "Lower --lr, lengthen --warmup-epochs or set --clip-grad"
-)
 #: What a process may ask of all; the largest request wins.
 _NOTHING, _SAVE, _STOP = range(3)
 
@@ -47,15 +45,13 @@ class Run:
         self.parts, self.folder = parts, folder
         self.epoch = self.step = 0
         self.best, self._rows, self._resumed = -1.0, [], state is not None
-        self._meter = Meter(parts.images_per_step, parts.process)
+        self._meter, self._watch = Meter(parts.images_per_step, parts.process), Watch()
+        self._skipped: set[int] = set()  # steps, counted from the run's begin
+        self._rollbacks = 0
         if state is not None:
-            self.epoch, self.best = state.epoch, state.best
-            self._rows = [EpochRow(**row) for row in state.rows]
-            own = state.processes[parts.process.rank]
-            parts.restore_own(own)
+            self._take(state)
             if state.data == parts.data:
-                self.step = state.step
-                self._meter.restore(own["meter"])
+                self._skipped, self._rollbacks = set(state.skipped), state.rollbacks
         self._poll, self._interrupts = Poll(parts.process), Interrupts()
         self._stepped = False
         self._saved_at, self._unsaved = time.monotonic(), 0
@@ -71,8 +67,13 @@ class Run:
         log = RunLog(parts, self.folder, self._rows, self.epoch, self.step, self._resumed)
         try:
             with self._interrupts:
+                if not self._resumed:
+                    self._save()  # what the run can go back to
                 while self.epoch < parts.settings.optimisation.epochs:
-                    self._epoch(log)
+                    try:
+                        self._epoch(log)
+                    except NotFinite as trouble:
+                        self._go_back(trouble, log)
                 self._poll.last()
                 if self.folder is not None:
                     self.folder.finish()
@@ -116,6 +117,8 @@ class Run:
             mfu=log.mfu(images_per_second),
             seconds=time.perf_counter() - start,
         )
+        if not self._skipped.intersection(range(self._done - parts.steps, self._done)):
+            self._rollbacks = 0
         self._rows.append(row)
         is_best, self.best = accuracy.top1 > self.best, max(self.best, accuracy.top1)
         self.epoch, self.step = self.epoch + 1, 0
@@ -133,7 +136,7 @@ class Run:
         log.start_epoch(self.epoch, self.step)
         batches = iter(parts.train_loader)
         while self.step < parts.steps:
-            done = self.epoch * parts.steps + self.step
+            done = self._done
             self._seed(done)
             with self._meter.waiting():
                 group = [
@@ -141,14 +144,21 @@ class Run:
                     for i, (images, labels) in enumerate(islice(batches, accumulate))
                 ]
             set_rates(parts.optimizers, parts.schedule.at(done / parts.steps))
-            self._meter.add(parts.step(group))
+            if done in self._skipped:
+                self.step += 1
+                continue
+            loss = parts.step(group)
+            self._meter.add(loss)
+            self._watch.add(done, loss)
             if parts.ema is not None:
                 parts.ema.update(done)
             first, self._stepped, self.step = not self._stepped, True, self.step + 1
             log.step(self._meter.restart() if first else None)
             if not first and self.step % log_every == 0 and self.step < parts.steps:
-                loss = self._finite(self._meter.mean_loss())
-                log.point(self.epoch, self.step, loss, self._rate(), self._meter.rates())
+                mean = self._meter.mean_loss()
+                if not isfinite(mean):
+                    self._check_finite()
+                log.point(self.epoch, self.step, mean, self._rate(), self._meter.rates())
             self._answer(log)
 
     def _answer(self, log: RunLog) -> None:
@@ -227,27 +237,63 @@ class Run:
     def _rate(self) -> float:
         return self.parts.optimizers[0].param_groups[0]["lr"]
 
-    def _finite(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise FastvitcError(
-                f"the training loss became {loss} in epoch {self.epoch + 1}; {_ON_DIVERGENCE}"
-            )
-        return loss
+    @property
+    def _done(self) -> int:
+        """Steps that are done, or left out, since the run's begin."""
+        return self.epoch * self.parts.steps + self.step
 
     def _check_finite(self) -> float:
-        """The mean loss of the epoch so far. Raises on every process where it or a weight of one is not finite.
+        """The mean loss of the epoch so far; NotFinite on every process where something is not finite."""
+        self._watch.check(self.parts.model, self._done, self.parts.process)
+        return self._meter.mean_loss()
 
-        The loss is of the weights before the last update; the update may have spoilt them.
-        """
-        parts = self.parts
-        loss = self._finite(self._meter.mean_loss())
-        spoilt = [name for name, t in parts.model.state_dict().items() if not t.isfinite().all()]
-        everywhere = sorted({name for names in parts.process.gather(spoilt) for name in names})
-        if everywhere:
+    def _go_back(self, trouble: NotFinite, log: RunLog) -> None:
+        """To the last state that was saved; from there on the steps that made the trouble are left out."""
+        parts, most = self.parts, self.parts.settings.run.max_rollbacks
+        where = f"{trouble.what}, found after epoch {self.epoch + 1}, step {self.step}"
+        if self._rollbacks == most:
             raise FastvitcError(
-                f"{everywhere[0]} is not finite in epoch {self.epoch + 1} after step {self.step}; {_ON_DIVERGENCE}"
+                f"{where}; the run went back {most} times before (--max-rollbacks). The last state that was saved "
+                "is from before this. Lower --lr, lengthen --warmup-epochs or set --clip-grad"
             )
-        return loss
+        self._rollbacks += 1
+        window = trouble.window(2**self._rollbacks)
+        self._skipped.update(window)
+        self._note_skipped(window)
+        if self.folder is not None:
+            self.folder.finish()
+        path = parts.process.share(None if self.folder is None else str(self.folder.path))
+        _, state = newest_state(Path(path))
+        self._take(state)
+        self._watch = Watch()
+        self._saved_at, self._unsaved = time.monotonic(), 0
+        log.went_back(where, self.epoch, self.step, len(window))
+
+    def _take(self, state: RunState) -> None:
+        """Go on from a state."""
+        parts = self.parts
+        parts.restore(state)
+        self.epoch, self.step, self.best = state.epoch, 0, state.best
+        self._rows = [EpochRow(**row) for row in state.rows]
+        self._meter = Meter(parts.images_per_step, parts.process)
+        if state.data == parts.data:  # else the epoch's order is another one
+            self.step = state.step
+            self._meter.restore(state.processes[parts.process.rank]["meter"])
+
+    def _note_skipped(self, steps: range) -> None:
+        """Write down the images of steps that are left out, of all processes."""
+        parts, accumulate = self.parts, self.parts.settings.optimisation.grad_accum_steps
+        loader, lines = parts.train_loader, []
+        for done in steps:
+            epoch, step = divmod(done, parts.steps)
+            if step == 0 and epoch == parts.settings.optimisation.epochs:
+                continue  # the last update of the run: no step follows it
+            for samples in islice(loader.order.epoch(epoch, step * accumulate), accumulate):
+                names = map(loader.config.index.name, samples.numbers.tolist())
+                lines += [f"epoch {epoch + 1} step {step + 1}\t{name}" for name in names]
+        gathered = parts.process.gather(lines)
+        if self.folder is not None:
+            self.folder.add_skipped([line for lines in gathered for line in lines])
 
     def _save_models(self, row: EpochRow, is_best: bool) -> None:
         parts = self.parts
@@ -292,6 +338,9 @@ class Run:
             classes=list(parts.classes),
             backends=parts.backends,
             data=parts.data,
+            lengths=[[0.0, parts.schedule.epochs], *map(list, parts.schedule.changes)],
+            skipped=sorted(self._skipped),
+            rollbacks=self._rollbacks,
         )
 
 

@@ -148,6 +148,9 @@ class RunSettings:
     """Save the run's state after so many minutes without a save."""
     keep: Annotated[int, at_least(1)] = 2
     """How many of the newest states are kept."""
+    max_rollbacks: Annotated[int, at_least(0)] = 3
+    """How often in a row the run goes back to its last state, and leaves out some steps, for a loss or weight that
+    is not finite."""
     log_every: Annotated[int, at_least(1)] = 50
     """Steps between log points. Only log points wait for the device."""
     peak_tflops: Annotated[float | None, above(0), _optional("FLOAT")] = None
@@ -231,4 +234,5 @@ _MAY_CHANGE = {
     "save_every",
     "save_minutes",
     "keep",
+    "max_rollbacks",
 }

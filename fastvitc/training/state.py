@@ -13,7 +13,9 @@ from fastvitc.errors import CheckpointError
 from fastvitc.files import write_atomically
 
 CHECKPOINTS = "checkpoints"
-_FORMAT = "fastvitc training state, 3"
+#: The state before the first step: nothing is trained yet.
+START = "epoch-00000-step-00000000.pt"
+_FORMAT = "fastvitc training state, 4"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class RunState:
         classes: their names, in the order of the labels.
         backends: what each op ran on.
         data: a digest of what decides which images come in which order and how they look.
+        lengths: the epochs that the run was to have, each with the epoch from which on, see `Schedule`.
+        skipped: steps that are left out because they spoilt the weights, counted from the run's begin.
+        rollbacks: how often in a row the run went back for that.
     """
 
     epoch: int
@@ -46,6 +51,9 @@ class RunState:
     classes: list[str]
     backends: dict[str, str]
     data: str
+    lengths: list[list[float]]
+    skipped: list[int]
+    rollbacks: int
 
     def file_in(self, folder: Path) -> Path:
         """Where a run's folder keeps this state."""
@@ -75,6 +83,11 @@ class RunState:
 def state_files(folder: Path) -> list[Path]:
     """The files of a run's states, the newest first."""
     return sorted((folder / CHECKPOINTS).glob("epoch-*-step-*.pt"), reverse=True)
+
+
+def trained_states(folder: Path) -> list[Path]:
+    """The files of the states in which something is trained, the newest first."""
+    return [file for file in state_files(folder) if file.name != START]
 
 
 def newest_state(path: Path, warn: Callable[[str], None] = print) -> tuple[Path, RunState]:

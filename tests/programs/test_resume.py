@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def test_a_finished_run_is_not_resumed(finished, ends):
     code, message = ends(train_program, "--resume", finished[0])
     assert code == 2
     assert "has finished its 2 epochs" in message
+
+
+def test_auto_has_nothing_to_do_where_the_run_has_finished(finished, ends, capsys):
+    code, message = ends(train_program, "--resume", "auto", "-o", finished[0])
+    assert (code, message) == (0, "")
+
+
+def test_a_folder_in_which_nothing_was_trained_is_free(few_digits, tmp_path):
+    options = ["--data-dir", str(few_digits), "--model", "vitc_nano", *SMALL, "-o", str(tmp_path)]
+    options += ["--epochs", "1"]
+
+    with patch.object(Run, "_train_epoch", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        train_program.train(*train_program.read_settings(options))
+    for again in (options, [*options, "--resume", "auto", "--lr", "0.002"]):
+        settings, state = train_program.read_settings(again)
+        assert state is None
+    train_program.train(settings)
+    assert newest_state(tmp_path)[1].settings["lr"] == 0.002
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])

@@ -212,3 +212,23 @@ def test_the_papers_rate_of_averaging():
     assert paper_ema_rate(2048, 100, 32) == pytest.approx(0.0065536)
     assert paper_ema_rate(4096, 1, 1000) == 1.0
     assert math.isclose(paper_ema_rate(1024, 50, 1), 2.048e-4)
+
+
+@pytest.mark.parametrize(("now", "epochs"), [(4.0, 20), (6.5, 8), (10.0, 12)])
+def test_another_number_of_epochs_makes_no_jump_and_the_fall_ends_with_the_run(now, epochs):
+    before = Schedule(epochs=10, warmup_epochs=2)
+    after = before.to_last(epochs, now)
+    assert after.at(now) == before.at(now)
+    for epoch in (0.5, 3.0, now):
+        assert after.at(epoch) == pytest.approx(before.at(epoch))
+    assert after.at(epochs) == pytest.approx(after.end_factor)
+    rates = [after.at(now + (epochs - now) * i / 50) for i in range(51)]
+    assert all(earlier >= later for earlier, later in pairwise(rates))
+    assert max(earlier - later for earlier, later in pairwise(rates)) < 0.06
+
+
+def test_the_same_number_of_epochs_changes_no_schedule():
+    assert PAPER.to_last(100, 30.0) == PAPER
+    twice = PAPER.to_last(200, 30.0).to_last(150, 40.0)
+    assert twice.changes == ((30.0, 200), (40.0, 150))
+    assert twice.at(150) == pytest.approx(PAPER.end_factor)

@@ -54,16 +54,74 @@ def assert_equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_weights_that_are_not_finite_are_never_saved_over_those_that_are(tmp_path, monkeypatch):
-    run_in(tmp_path, images=4, epochs=1)
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the update after each of some steps, counted from the run's begin, as large as can be."""
+
+    def patch(steps):
+        seed, rate = Run._seed, []
+
+        def seeded(run, step):
+            seed(run, step)
+            rate[:] = [1e42 if step in steps else None]
+
+        def rates(optimizers, share):
+            set_rates(optimizers, rate[0] or share)
+
+        monkeypatch.setattr(Run, "_seed", seeded)
+        monkeypatch.setattr("fastvitc.training.run.set_rates", rates)
+
+    return patch
+
+
+def test_a_step_that_spoils_the_weights_is_left_out_and_its_images_are_written_down(tmp_path, spoil, capsys):
+    options = {"images": 32, "save_every": 3}  # 8 steps an epoch
+    spoil({12})
+    run_in(tmp_path / "run", **options)
+    assert "The run goes back to epoch 2, step 3, and leaves out 2 steps" in capsys.readouterr().out
+    _, state = newest_state(tmp_path / "run")
+    assert (state.skipped, state.rollbacks, state.epoch) == ([12, 13], 1, 2)
+    listed = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    order = parts_of(**options).train_loader.order.epoch(1)
+    images = [(step, n) for step in (5, 6) for n in order[step - 1].numbers]
+    assert listed == [f"epoch 2 step {step}\tmade-up image {n}" for step, n in images]
+
+    parts, held = parts_of(**options), RunFolder(tmp_path / "never", keep=2)
+    without = Run(parts, None, held)
+    without._skipped = {12, 13}
+    without.train()
+    held.close()
+    assert_equal(weights_of(tmp_path / "run"), weights_of(tmp_path / "never"))
+
+
+def test_a_run_whose_weights_are_spoilt_again_and_again_gives_up_and_keeps_what_was_good(tmp_path, spoil):
+    run_in(tmp_path, images=32, epochs=1)
     good, (_, state) = weights_of(tmp_path), newest_state(tmp_path)
-    monkeypatch.setattr(
-        "fastvitc.training.run.set_rates", lambda optimizers, share: set_rates(optimizers, 1e42)
-    )
-    with pytest.raises(FastvitcError, match="not finite in epoch 2 after step 1; the last state"):
-        run_in(tmp_path, state, images=4, epochs=2, mixup=0.0)
+    spoil(range(9, 1000))
+    with pytest.raises(FastvitcError, match="the run went back 2 times before"):
+        run_in(tmp_path, state, images=32, epochs=2, max_rollbacks=2)
     assert_equal(weights_of(tmp_path), good)
     assert newest_state(tmp_path)[1].epoch == 1
+    assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 4 * (2 + 4)
+
+
+def test_an_epoch_without_trouble_ends_the_count_of_rollbacks(tmp_path, spoil):
+    spoil({2, 18})
+    run_in(tmp_path, images=32, epochs=3, max_rollbacks=1)
+    assert newest_state(tmp_path)[1].skipped == [2, 3, 18, 19]
+
+
+def test_a_run_that_was_cut_goes_on_without_the_steps_that_it_left_out(tmp_path, spoil):
+    options = {"images": 32, "save_every": 1}
+    spoil({2})
+    run_in(tmp_path / "whole", **options)
+    held = RunFolder(tmp_path / "cut", keep=100)
+    Run(parts_of(**options), None, held).train()
+    held.close()
+    later = next(state for file in state_files(tmp_path / "cut") if (state := RunState.load(file)).step == 6)
+    assert later.skipped == [2, 3]
+    run_in(tmp_path / "cut", later, **options)
+    assert_equal(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
 
 
 class Cut(Exception):

@@ -178,7 +178,9 @@ def test_a_recipe_goes_before_the_one_the_data_suggests():
 def test_a_resumed_run_has_its_settings_unless_given_anew(tmp_path):
     settings = recipe_settings("small", "vitp_nano").changed(lr=0.125, output="first", image_size=(16, 32))
     ops = {"attention": "torch"}
-    saved = RunState(2, 0, 50.0, [], {}, None, [], [{}], settings.to_dict(), ["a"], ops, "digest")
+    saved = RunState(
+        2, 0, 50.0, [], {}, None, [], [{}], settings.to_dict(), ["a"], ops, "digest", [[0.0, 2]], [], 0
+    )
     saved.save(saved.file_in(tmp_path))
     resumed, state = read_settings(["--resume", str(tmp_path), "--log-every", "7"])
     assert resumed == settings.changed(resume=str(tmp_path), output=None, log_every=7)

@@ -22,6 +22,9 @@ STATE_OF_A_RUN = RunState(
     classes=["cat", "dog"],
     backends={"attention": "torch"},
     data="digest",
+    lengths=[[0.0, 5]],
+    skipped=[],
+    rollbacks=0,
 )
 
 
