@@ -9,6 +9,7 @@ here = Path(__file__).parent
 peers = ["timm>=1.0.15"]
 runtimes = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "openvino>=2025.0"]
 dali = ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"]
+wandb = ["wandb>=0.18"]
 xformers = ["xformers>=0.0.33; platform_system == 'Linux'"]
 test = [
     "hypothesis>=6.100",
@@ -21,6 +22,7 @@ test = [
     *peers,
     *runtimes,
     *dali,
+    *wandb,
 ]
 
 setup(
@@ -53,6 +55,7 @@ setup(
         "dali": dali,
         "xformers": xformers,
         "timm": peers,
+        "wandb": wandb,
         "bench": [*peers, *runtimes],
         "test": test,
         "dev": [*test, "ruff>=0.9", "build>=1.2"],

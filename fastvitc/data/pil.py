@@ -53,6 +53,14 @@ class PilLoader(Loader):
         except DataError:
             self.close()
             raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            raise DataError(
+                "a process that reads images was ended from outside, as the system does where memory runs out; "
+                "lower --workers or give the run more memory, then continue with --resume"
+            ) from error
 
     @staticmethod
     def _begin(batches: DataLoader) -> Iterator[_Loaded]:

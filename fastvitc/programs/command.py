@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 import tyro
 
 from fastvitc.errors import FastvitcError, Interrupted
 from fastvitc.kernels import BackendUnavailable
 
 Settings = TypeVar("Settings")
+_NO_MEMORY = "can't allocate memory"  # PyTorch's words for a CPU
 
 
 def run_command(name: str, body: Callable[[], None]) -> None:
@@ -41,6 +43,16 @@ def run_command(name: str, body: Callable[[], None]) -> None:
         if error.errno is None:
             raise
         print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no more memory"
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in str(error)):
+            raise
+        print(
+            f"{name}: error: out of memory: {reason}. A smaller --batch-size needs less; --grad-accum-steps keeps "
+            "the images of an optimiser step, --grad-checkpointing takes time for memory",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

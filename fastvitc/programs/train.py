@@ -18,6 +18,7 @@ from fastvitc.kernels import BackendUnavailable, chosen
 from fastvitc.models.config import preset
 from fastvitc.programs.command import parse, run_command
 from fastvitc.training.assembly import assemble
+from fastvitc.training.boards import check_wandb
 from fastvitc.training.folder import RunFolder
 from fastvitc.training.process import Process, process_group
 from fastvitc.training.recipes import recipe_settings
@@ -163,6 +164,7 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
         Interrupted: the run was asked to stop; its state is saved.
     """
     settings.check()
+    check_wandb(settings.run.wandb)
     if settings.machine.threads is not None:
         torch.set_num_threads(settings.machine.threads)
     with process_group(settings.machine.device) as process:

@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 
 from fastvitc.training.assembly import Parts
+from fastvitc.training.boards import open_boards
 from fastvitc.training.evaluation import Accuracy
 from fastvitc.training.folder import RunFolder
+from fastvitc.training.profile import Profile
 from fastvitc.training.report import EpochRow, Reporter
 from fastvitc.training.step import compiled_graphs
 from fastvitc.training.words import duration, introduction, yardstick
 
 
 class RunLog:
-    """The log, the summary, TensorBoard and the curves of a run.
+    """The log, the summary, the boards, the curves and the trace of a run.
 
     Args:
         parts: of the run.
@@ -31,13 +33,17 @@ class RunLog:
         resumed: bool,
     ) -> None:
         self._parts, self._folder, self._begun = parts, folder, (epoch, step)
-        self._reporter, self._yardstick = None, None
+        self._reporter, self._yardstick, self._profile = None, None, None
         self._forecast_told = self._stepped = False
         self._graphs: int | None = None
         self._bad_files = 0
         if folder is None:
             return
-        self._reporter = Reporter(folder.path, rows=rows, steps=epoch * parts.steps + step)
+        run, values = parts.settings.run, parts.settings.to_dict()
+        boards = open_boards(folder.path, epoch * parts.steps + step, run.wandb, values)
+        self._reporter = Reporter(folder.path, rows=rows, boards=boards)
+        if run.profile is not None:
+            self._profile = Profile(run.profile, folder.path / "trace.json")
         # On the main process alone: several at once would share the cores that they measure.
         self._yardstick = yardstick(parts)
         for line in introduction(parts, self._yardstick, folder.path):
@@ -61,6 +67,10 @@ class RunLog:
         self._stepped = True
         if self._reporter is not None:
             self._reporter.step()
+        if self._profile is not None and self._profile.step():
+            self._line(
+                f"a trace of {self._parts.settings.run.profile} steps is in {self._folder.path / 'trace.json'}"
+            )
         if first_seconds is not None:
             self._line(f"first step, compilation included: {first_seconds:.1f} s")
 
@@ -118,6 +128,7 @@ class RunLog:
 
     def end(self, rows: Sequence[EpochRow]) -> None:
         """The run is done."""
+        self._end_profile()
         if self._folder is not None:
             best, path = max(rows, key=lambda row: row.val_top1), self._folder.path
             self._line(
@@ -127,8 +138,13 @@ class RunLog:
 
     def close(self) -> None:
         """Draw the curves and release the files."""
+        self._end_profile()
         if self._reporter is not None:
             self._reporter.close()
+
+    def _end_profile(self) -> None:
+        if self._profile is not None and self._profile.close():
+            self._line("no trace was written: the run had too few steps for --profile")
 
     def _line(self, text: str) -> None:
         if self._reporter is not None:

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, TensorBoard, summary.csv and the picture of the curves."""
+"""What a run tells: a progress bar or plain lines, its boards, summary.csv and the picture of the curves."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from fastvitc.files import write_atomically
+from fastvitc.training.boards import Board
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Reporter:
 
     Args:
         folder: of the run.
-        rows, steps: epochs and optimiser steps of an earlier part of the run; what it logged later is dropped.
+        rows: epochs of an earlier part of the run; what it logged later is dropped.
+        boards: where the figures go as well.
         stream: for lines and the bar; a bar is drawn only on a terminal.
     """
 
@@ -43,22 +45,24 @@ class Reporter:
         folder: Path,
         *,
         rows: Sequence[EpochRow] = (),
-        steps: int = 0,
+        boards: Sequence[Board] = (),
         stream: TextIO | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self._stream = sys.stdout if stream is None else stream
         self._csv = folder / "summary.csv"
         self._curves = folder / "curves.png"
         self._rows = list(rows)
         self._write_csv()
-        purge = steps + 1 if steps else None
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._boards = boards
         self._bar: tqdm | None = None
 
     def line(self, text: str) -> None:
         """One line of text."""
+        for board in self._boards:
+            board.text(text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
         if self._bar is None:
             print(text, file=self._stream, flush=True)
         else:
@@ -76,10 +80,10 @@ class Reporter:
 
     def point(self, step: int, text: str, **scalars: float) -> None:
         """A log point within an epoch."""
-        for name, value in scalars.items():
-            self._board.add_scalar(f"step/{name}", value, step)
+        for board in self._boards:
+            board.figures("step", step, scalars)
         if self._bar is None:
-            self.line(text)
+            self._show(text)
         else:
             self._bar.set_postfix_str(text)
 
@@ -94,16 +98,17 @@ class Reporter:
         self.stop_epoch()
         self._rows.append(row)
         self._write_csv()
-        for name, value in asdict(row).items():
-            self._board.add_scalar(f"epoch/{name}", value, step)
-        self.line(text)
+        for board in self._boards:
+            board.figures("epoch", step, asdict(row))
+        self._show(text)
 
     def close(self) -> None:
         """Draw the curves and release the files."""
         self.stop_epoch()
         if self._rows:
             draw_curves(self._rows, self._curves)
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
     def _write_csv(self) -> None:
         text = io.StringIO(newline="")

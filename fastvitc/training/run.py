@@ -77,6 +77,7 @@ class Run:
                 self._poll.last()
                 if self.folder is not None:
                     self.folder.finish()
+            log.end(self._rows)
         except DataError:
             if self.folder is not None:  # of this process; the others may not come to tell theirs
                 self.folder.save_bad_files(self._own_bad_files())
@@ -96,7 +97,6 @@ class Run:
         finally:
             parts.close()
             log.close()
-        log.end(self._rows)
         return self.best
 
     def _epoch(self, log: RunLog) -> None:

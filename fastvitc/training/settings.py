@@ -153,6 +153,10 @@ class RunSettings:
     is not finite."""
     log_every: Annotated[int, at_least(1)] = 50
     """Steps between log points. Only log points wait for the device."""
+    profile: Annotated[int | None, at_least(1), _optional("STEPS")] = None
+    """Write a trace of so many steps, after the first few, to trace.json in the run's folder. Default: none."""
+    wandb: Annotated[str | None, _optional("PROJECT")] = None
+    """Send the figures to this project of Weights & Biases as well. Needs pip install 'fastvitc[wandb]'."""
     peak_tflops: Annotated[float | None, above(0), _optional("FLOAT")] = None
     """Peak of the device for the MFU, in 1e12 operations per second. Default: data sheet, or a measured product."""
 
@@ -228,6 +232,8 @@ _MAY_CHANGE = {
     "compile",
     "log_every",
     "peak_tflops",
+    "profile",
+    "wandb",
     "output",
     "resume",
     "resume_anyway",

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fastvitc.models.complexity import complexity
 from fastvitc.training.assembly import Parts
+from fastvitc.training.process import Process
 from fastvitc.tuning.machine import describe, flops_peak, versions
 
 
@@ -45,7 +48,7 @@ def introduction(parts: Parts, yardstick: Yardstick, folder: Path) -> list[str]:
     return [
         f"{s.model.model}: {counts.params:,} parameters, {counts.flops / 1e9:.4f} GFLOPs forward at {height}x{width} "
         "(a multiply-add or bias add is one)",
-        f"device: {describe(parts.process.device)}, {s.machine.precision}",
+        f"device: {describe(parts.process.device)}, {s.machine.precision}{unused_devices(parts.process)}",
         f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
         f"ops: {', '.join(f'{op} {backend}' for op, backend in parts.backends.items())}",
         f"data: {images:,} training images per epoch in {len(parts.classes)} classes, "
@@ -56,6 +59,14 @@ def introduction(parts: Parts, yardstick: Yardstick, folder: Path) -> list[str]:
         f"as a share of {yardstick.peak / 1e12:.3g} TFLOP/s ({yardstick.source})",
         f"output: {folder}",
     ]
+
+
+def unused_devices(process: Process) -> str:
+    """What to add where the machine has more GPUs than the run's one; else nothing."""
+    count = torch.cuda.device_count() if process.device.type == "cuda" else 1
+    if process.world_size > 1 or count == 1:
+        return ""
+    return f"; one of {count} GPUs. All of them: torchrun --nproc-per-node {count} -m fastvitc.train, then your flags"
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 import builtins
 import gc
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from PIL import Image
 from fastvitc.data import Augment, pil, synthetic_index
 from fastvitc.data.decode import read_image
 from fastvitc.data.policy import FILL, POLICIES, Policy, Step
-from fastvitc.errors import UsageError
+from fastvitc.errors import DataError, UsageError
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -234,3 +235,14 @@ def test_a_training_batch_larger_than_the_data_is_refused(kind, photos):
 def test_an_impossible_request_is_refused(wrong, message, photos):
     with pytest.raises(UsageError, match=message):
         load(**{"kind": "pil", "index": photos} | wrong)
+
+
+def test_a_worker_that_the_system_ends_is_told_in_one_line(photos):
+    loader = load("pil", photos, workers=1)
+    batches = iter(loader)
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(DataError, match="a process that reads images was ended from outside"):
+        list(batches)
+    loader.close()

@@ -1,5 +1,5 @@
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -112,26 +112,31 @@ def test_a_line_in_an_epoch_stands_above_the_bar(tmp_path):
     assert "note\n" in stream.getvalue()
 
 
-def test_tensorboard_gets_epochs_and_points(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+class Told:
+    """A board that keeps what it is told."""
 
-    report(tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars("epoch/val_top1")] == [
-        (10, 61.1),
-        (20, 62.1),
-        (30, 63.1),
-    ]
-    assert [e.step for e in events.Scalars("step/loss")] == [5, 9, 13]
+    def __init__(self):
+        self.all = []
+
+    def figures(self, kind, step, values):
+        self.all.append((kind, step, values))
+
+    def text(self, line):
+        self.all.append(line)
+
+    def close(self):
+        self.all.append("closed")
 
 
-def test_a_resumed_run_keeps_what_tensorboard_had(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    report(tmp_path, rows=ROWS[:2])
-    report(tmp_path, rows=ROWS[2:], earlier=ROWS[:2], steps=20)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("epoch/val_top1")] == [10, 20, 30]
+def test_boards_get_figures_and_lines_apart(tmp_path):
+    board = Told()
+    reporter = Reporter(tmp_path, boards=[board], stream=io.StringIO())
+    reporter.line("a note")
+    reporter.start_epoch(1, 9, 4)
+    reporter.point(3, "halfway", loss=1.5)
+    reporter.end_epoch(ROWS[0], 4, "end")
+    reporter.close()
+    assert board.all == ["a note", ("step", 3, {"loss": 1.5}), ("epoch", 4, asdict(ROWS[0])), "closed"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 40])

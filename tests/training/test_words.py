@@ -6,7 +6,7 @@ from fastvitc.data import synthetic_index
 from fastvitc.training.assembly import assemble
 from fastvitc.training.process import Process
 from fastvitc.training.recipes import recipe_settings
-from fastvitc.training.words import Yardstick, duration, introduction, yardstick
+from fastvitc.training.words import Yardstick, duration, introduction, unused_devices, yardstick
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,10 @@ def test_the_log_opens_with_model_device_ops_data_recipe_and_yardstick(parts, tm
     )
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert "torchrun --nproc-per-node 8 " in unused_devices(Process(0, 1, torch.device("cuda", 0)))
+    assert unused_devices(Process(0, 8, torch.device("cuda", 0))) == ""
+    assert unused_devices(Process(0, 1, torch.device("cpu"))) == ""
