@@ -69,13 +69,16 @@ class DropPath(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self._drops = rate > 0.0
+        # A tensor, so that blocks of different rates share one compiled graph.
+        self.register_buffer("_rate", torch.tensor(rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) → (B, ...)."""
-        if self.rate == 0.0 or not self.training:
+        if not self._drops or not self.training:
             return x
-        keep = torch.rand(x.shape[0], *(1,) * (x.dim() - 1), device=x.device) >= self.rate
-        return x * (keep / (1.0 - self.rate)).to(x.dtype)
+        keep = torch.rand(x.shape[0], *(1,) * (x.dim() - 1), device=x.device) >= self._rate
+        return x * (keep / (1.0 - self._rate)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

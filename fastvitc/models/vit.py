@@ -49,6 +49,9 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, image: Tensor, mix: Tensor | None = None) -> Tensor:
         """Image and mix as `forward` takes them → tokens after the final LayerNorm (B, S, width)."""
+        return self.norm(self._encode(image, mix))
+
+    def _encode(self, image: Tensor, mix: Tensor | None) -> Tensor:
         self.check_image(image)
         x = self.stem(image, self.class_token, self.pos_embed, mix)
         for block in self.blocks:
@@ -56,7 +59,7 @@ class VisionTransformer(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self.norm(x)
+        return x
 
     def forward(self, image: Tensor, mix: Tensor | None = None) -> Tensor:
         """Image (B, C, H, W) → logits (B, num_classes), or without classes pooled features (B, width).
@@ -66,8 +69,18 @@ class VisionTransformer(nn.Module):
             mix: (5,) float32 or None: mixup or CutMix of the batch with itself rolled by one, see
                 `fastvitc.kernels.Pixels`.
         """
-        x = self.forward_features(image, mix)
-        return self.head(x[:, 0] if self.config.pool == "token" else x.mean(1))
+        x = self._encode(image, mix)
+        pooled = self.norm(x[:, 0]) if self.config.pool == "token" else self.norm(x).mean(1)
+        return self.head(pooled)
+
+    def compile_parts(self) -> None:
+        """torch.compile the stem and each block in place, on their first calls.
+
+        Equal blocks share one graph, so the time to compile does not grow with the depth. A part's gradients are ready
+        when its own backward pass is done, so DistributedDataParallel can send them while the next one computes.
+        """
+        for part in (self.stem, *self.blocks):
+            part.compile(fullgraph=True, dynamic=False)
 
     def check_image(self, image: Tensor) -> None:
         """Raise ValueError for an image of another shape than the model's."""

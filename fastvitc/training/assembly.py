@@ -141,7 +141,6 @@ def assemble(
         now = state.epoch + (state.step / steps if state.data == data else 0.0)
         schedule = Schedule(first, o.warmup_epochs, changes=tuple((a, b) for a, b in changes))
         schedule = schedule.to_last(o.epochs, now)
-    process.same_weights(model)
     return Parts(
         settings=s,
         process=process,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.process import Process
+from fastvitc.training.step import compile_model
 from fastvitc.tuning.machine import autocast
 
 
@@ -33,7 +34,7 @@ class Accuracy:
 
 
 class Evaluation(nn.Module):
-    """From a uint8 batch to counts, as one graph; labels of −1 mark padding and count as nothing."""
+    """From a uint8 batch to counts; labels of −1 mark padding and count as nothing."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Evaluator:
     ) -> None:
         self._evaluation = Evaluation(model, dtype=dtype).to(process.device)
         if compile:
-            self._evaluation.compile(fullgraph=True, dynamic=False)
+            compile_model(model, self._evaluation)
         self._process, self._batch_size = process, batch_size
 
     @torch.no_grad()
@@ -102,7 +103,7 @@ def precise_batch_norm(
             for norm in norms:
                 norm.momentum = 1.0 / seen
             with autocast(images.device, dtype):
-                model.stem(images)
+                model.stem.forward(images)  # not worth a compilation
     finally:
         model.stem.train(training)
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -48,20 +48,10 @@ class Process:
             for tensor, part in zip(group, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def average_gradients(self, module: nn.Module) -> None:
-        """Make the gradients of a module's parameters their means over all processes."""
-        self.average(p.grad for p in module.parameters() if p.grad is not None)
-
     def average_statistics(self, module: nn.Module) -> None:
         """Make BatchNorm's running statistics their means over all processes."""
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.average(statistic for norm in norms for statistic in (norm.running_mean, norm.running_var))
-
-    def same_weights(self, module: nn.Module) -> None:
-        """Give every process the main one's parameters and buffers."""
-        if self.world_size > 1:
-            for tensor in module.state_dict().values():
-                dist.broadcast(tensor, src=0)
 
     def gather(self, value: T) -> list[T]:
         """Each process's value, on every process, in the order of the ranks."""

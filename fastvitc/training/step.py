@@ -1,11 +1,14 @@
-"""The compiled training step: tensors in, a loss out. Nothing here waits for the device."""
+"""The training step: tensors in, a loss out. Nothing here waits for the device."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.mix import share_of_own
 from fastvitc.training.process import Process
 from fastvitc.tuning.machine import autocast
@@ -16,8 +19,18 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def compile_model(model: nn.Module, whole: nn.Module) -> None:
+    """torch.compile a model of this library in its parts, any other as one graph with `whole`, the module around it."""
+    torch._dynamo.config.recompile_limit = 64  # all modules' calls count together
+    torch._dynamo.config.optimize_ddp = False  # it would cut the parts' graphs where messages are to begin
+    if isinstance(model, VisionTransformer):
+        model.compile_parts()
+    else:
+        whole.compile(fullgraph=True, dynamic=False)
+
+
 class Objective(nn.Module):
-    """From a uint8 batch to the training loss, as one graph: the model, which normalises and mixes, and cross-entropy.
+    """From a uint8 batch to the training loss: the model, which normalises and mixes, and cross-entropy.
 
     Args:
         model: called with images and a mix or None, gives logits.
@@ -50,12 +63,13 @@ class TrainStep:
     Args:
         model: called with images and a mix or None; its parameters get the gradients.
         optimizers: over the model's parameters.
-        process: this process; with several, gradients are averaged over them (BatchNorm statistics are not shared).
+        process: this process; with several, DistributedDataParallel gives all the main one's weights and averages the
+            gradients during the last batch's backward pass (BatchNorm statistics are not shared).
         dtype: of autocast; float32 turns it off.
         label_smoothing: see `Objective`.
         accumulate: batches per optimiser step.
         clip_grad: largest norm of the whole gradient; None for no clipping.
-        compile: whether torch.compile makes one graph of `Objective` and one of its backward.
+        compile: whether the model is compiled, see `compile_model`.
     """
 
     def __init__(
@@ -72,21 +86,28 @@ class TrainStep:
     ) -> None:
         objective = Objective(model, dtype=dtype, label_smoothing=label_smoothing).to(process.device)
         if compile:
-            objective.compile(fullgraph=True, dynamic=False)
+            compile_model(model, objective)
         self.objective = objective
-        self._model, self._optimizers, self._process = model, optimizers, process
+        self._parallel = None
+        if process.world_size > 1:
+            self._parallel = DistributedDataParallel(
+                objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self._settled = self._parallel is None
+        self._model, self._optimizers = model, optimizers
         self._accumulate, self._clip_grad = accumulate, clip_grad
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
         """`accumulate` triples (images, labels, mix) → their mean loss, a 0-d tensor still on the device."""
         self._model.train()
+        if not self._settled:
+            self._settle(batches[0])
         total: Tensor | None = None
-        for batch in batches:
-            loss = self.objective(*batch) / self._accumulate
-            loss.backward()
+        for number, batch in enumerate(batches, start=1):
+            with self._messages(last=number == len(batches)):
+                loss = (self._parallel or self.objective)(*batch) / self._accumulate
+                loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
-        # After the whole backward: overlapping the two would cut the compiled graph into pieces.
-        self._process.average_gradients(self._model)
         if self._clip_grad is not None:
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad)
         for optimizer in self._optimizers:
@@ -94,3 +115,20 @@ class TrainStep:
             optimizer.zero_grad(set_to_none=True)
         assert total is not None
         return total
+
+    def _messages(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged in the last of the accumulated batches alone."""
+        return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
+
+    def _settle(self, batch: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        """One backward pass that changes nothing: after its first, DistributedDataParallel packs gradients anew.
+
+        Without it the first step of a resumed run would sum in another order than that step of the whole run.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        with torch.random.fork_rng([batch[0].device] if batch[0].is_cuda else []):
+            self._parallel(*batch).backward()
+        self._model.zero_grad(set_to_none=True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        self._settled = True

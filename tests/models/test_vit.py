@@ -113,6 +113,17 @@ def test_grad_checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_blocks_that_drop_at_different_rates_share_one_graph():
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for rate in (0.1, 0.2, 0.3):
+        block = Block(16, 2, 32, drop_path=rate)
+        block.compile(fullgraph=True, dynamic=False, backend="eager")
+        block(torch.ones(2, 3, 16))
+    assert graphs["unique_graphs"] == before + 1
+
+
 def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
     block = Block(16, 2, 32, drop_path=0.5)
     branch = block.drop_path(torch.ones(4000, 3, 16))

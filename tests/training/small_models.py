@@ -16,10 +16,10 @@ HERE = Process(0, 1, torch.device("cpu"))
 CLASSES = 7
 
 
-def small(name, num_classes=CLASSES, drop_path=0.0):
-    """A one-block model whose head is not zero, the same at each call."""
+def small(name, num_classes=CLASSES, drop_path=0.0, depth=1):
+    """A model of few blocks whose head is not zero, the same at each call."""
     torch.manual_seed(1)
-    config = replace(preset(name), depth=1, num_classes=num_classes, drop_path=drop_path)
+    config = replace(preset(name), depth=depth, num_classes=num_classes, drop_path=drop_path)
     model = VisionTransformer(config).to(memory_format=torch.channels_last)
     nn.init.normal_(model.head.weight, std=0.3)
     return model
