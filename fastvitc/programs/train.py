@@ -17,7 +17,7 @@ from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.kernels import BackendUnavailable, chosen
 from fastvitc.models.config import preset
 from fastvitc.programs.command import parse, run_command
-from fastvitc.training.assembly import assemble
+from fastvitc.training.assembly import assemble, shares_statistics
 from fastvitc.training.boards import check_wandb
 from fastvitc.training.folder import RunFolder
 from fastvitc.training.process import Process, process_group
@@ -115,8 +115,9 @@ def with_backends(settings: TrainSettings, process: Process, resumed: bool = Fal
         BackendUnavailable, UsageError: a backend that was asked for, or that the resumed run had, cannot run here.
     """
     dtype, backend = PRECISIONS[settings.machine.precision], settings.model.backend
+    sharing = shares_statistics(settings, process)
     try:
-        chosen(process.device, backend, dtype)
+        chosen(process.device, backend, dtype, sharing=sharing)
     except BackendUnavailable as error:
         if not resumed:
             raise
@@ -127,7 +128,7 @@ def with_backends(settings: TrainSettings, process: Process, resumed: bool = Fal
     def choose() -> dict[str, str]:
         if measures_at_start(process.device) and unmeasured(process.device, dtype, backend):
             _measure(settings, process.device)
-        return chosen(process.device, backend, dtype)
+        return chosen(process.device, backend, dtype, sharing=sharing)
 
     picked = process.share(process.agree(choose))
     return settings.changed(backend=",".join(f"{op}={name}" for op, name in picked.items()))

@@ -101,7 +101,8 @@ def assemble(
         UsageError: settings that do not fit the data, the machine or the state.
     """
     s, dtype = settings, PRECISIONS[settings.machine.precision]
-    backends = chosen(process.device, s.model.backend, dtype)
+    sharing = shares_statistics(s, process)
+    backends = chosen(process.device, s.model.backend, dtype, sharing=sharing)
     if state is not None:
         _check_fits(state, s, list(train.classes), process.world_size)
     torch.manual_seed(s.machine.seed)
@@ -141,6 +142,18 @@ def assemble(
         now = state.epoch + (state.step / steps if state.data == data else 0.0)
         schedule = Schedule(first, o.warmup_epochs, changes=tuple((a, b) for a, b in changes))
         schedule = schedule.to_last(o.epochs, now)
+    step = TrainStep(
+        model,
+        optimizers,
+        process,
+        dtype=dtype,
+        label_smoothing=o.smoothing,
+        accumulate=o.grad_accum_steps,
+        clip_grad=o.clip_grad,
+        compile=s.machine.compile,
+    )
+    if sharing:  # in place, and only now: DistributedDataParallel refuses such layers on a CPU
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return Parts(
         settings=s,
         process=process,
@@ -156,16 +169,7 @@ def assemble(
         optimizers=optimizers,
         schedule=schedule,
         mixing=Mixing(o.mixup, o.cutmix),
-        step=TrainStep(
-            model,
-            optimizers,
-            process,
-            dtype=dtype,
-            label_smoothing=o.smoothing,
-            accumulate=o.grad_accum_steps,
-            clip_grad=o.clip_grad,
-            compile=s.machine.compile,
-        ),
+        step=step,
         evaluate=Evaluator(
             model if ema is None else ema.model,
             process,
@@ -175,6 +179,11 @@ def assemble(
         ),
         data=data,
     )
+
+
+def shares_statistics(settings: TrainSettings, process: Process) -> bool:
+    """Whether the run's BatchNorm statistics are of all processes together."""
+    return settings.optimisation.sync_bn and process.world_size > 1
 
 
 def _check_fits(state: RunState, settings: TrainSettings, classes: list[str], world_size: int) -> None:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from fastvitc.errors import FastvitcError, Interrupted, UsageError
 
 T = TypeVar("T")
+#: How long a message waits for another process before the run ends, and how long where the main one has work to do
+#: that may take hours: it indexes images and measures backends.
+_SOON, _LATE = timedelta(minutes=10), timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Process:
     world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None  # messages between the hosts, which no device has to wait for
+    patient: dist.ProcessGroup | None = None  # the same, for what may take hours
 
     @property
     def is_main(self) -> bool:
@@ -69,7 +74,7 @@ class Process:
                 result = step()
             except Exception as raised:
                 error = raised
-        if self.sum(torch.tensor(float(error is not None), device=self.device)).item():
+        if self.share(error is not None):
             raise error or FastvitcError("the main process failed; its message says why")
         return result
 
@@ -77,7 +82,7 @@ class Process:
         """The main process's value, on every process; others give None."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
+            dist.broadcast_object_list(values, src=0, group=self.patient)
         return cast(T, values[0])
 
 
@@ -144,11 +149,20 @@ def process_group(device: str = "auto") -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, picked)
         return
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=_SOON)
+    control, patient = (dist.new_group(backend="gloo", timeout=timeout) for timeout in (_SOON, _LATE))
     try:
-        yield Process(dist.get_rank(), world_size, picked, dist.new_group(backend="gloo"))
+        yield Process(dist.get_rank(), world_size, picked, control, patient)
     except Interrupted:  # on all processes
         dist.destroy_process_group()
         raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise FastvitcError(
+            f"another process of the run ended or cannot be reached: {reason}. What was saved before is whole; "
+            "start all processes again with --resume"
+        ) from error
     # After another error the others may never come: leaving together would wait for them.
     dist.destroy_process_group()

@@ -112,6 +112,8 @@ class OptimisationSettings:
     """Share of the new weights in an update of the average. Default: the recipe's, see fastvitc/README.md."""
     model_ema_every: Annotated[int, at_least(1)] = 1
     """Optimiser steps between updates of the average."""
+    sync_bn: bool = False
+    """BatchNorm's statistics are of the batches of all processes, for small batches. Default: of each one's own."""
     precise_bn: Annotated[int, at_least(0)] = 0
     """Before each evaluation, compute BatchNorm's statistics anew on this many training images; 0: do not."""
 

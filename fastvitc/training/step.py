@@ -90,9 +90,9 @@ class TrainStep:
         self.objective = objective
         self._parallel = None
         if process.world_size > 1:
-            self._parallel = DistributedDataParallel(
-                objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._parallel = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+            # Statistics stay each process's own. Not by an argument: its name depends on PyTorch's version.
+            self._parallel.broadcast_buffers = False
         self._settled = self._parallel is None
         self._model, self._optimizers = model, optimizers
         self._accumulate, self._clip_grad = accumulate, clip_grad

@@ -171,7 +171,11 @@ def resolve(
 
 
 def chosen(
-    device: str | torch.device = "cpu", backend: Choice = "auto", dtype: torch.dtype | None = None
+    device: str | torch.device = "cpu",
+    backend: Choice = "auto",
+    dtype: torch.dtype | None = None,
+    *,
+    sharing: bool = False,
 ) -> dict[str, str]:
     """The backend that each op takes on a device: {op: backend}.
 
@@ -180,13 +184,18 @@ def chosen(
         backend: one name for every op that has it, or {op: name} with "auto" for the ops left out, or that as text
             "op=name,op=name".
         dtype: of the ops' arithmetic; without one, auto takes what was last measured in any.
+        sharing: whether the ops that have statistics are to share them over processes.
 
     Raises:
         BackendUnavailable: an op cannot run as asked.
         UsageError: the mapping names an op that does not exist.
     """
     place = torch.device(device)
-    return {op: _OPS[op].resolve(name, place, dtype) for op, name in parsed(backend).items()}
+    ops = {op: _OPS[op] for op in parsed(backend)}
+    return {
+        op: ops[op].resolve(name, place, dtype, sharing=sharing and bool(ops[op].sharing))
+        for op, name in parsed(backend).items()
+    }
 
 
 def availability(device: str | torch.device = "cpu") -> dict[str, dict[str, str | None]]:
