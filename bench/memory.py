@@ -6,17 +6,15 @@ compiles it, and at most during later ones. Linux only.
 """
 
 import argparse
-import re
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
 from bench.contest import Contest
 from bench.models import models
 from bench.report import machine_line
+from bench.resident import peak, resident
 from bench.test_models import model_contests
 from fastvitc.models.config import preset
 from fastvitc.programs.command import run_command
@@ -30,22 +28,10 @@ def _training(model: str, batch_size: int) -> Contest:
     return next(model_contests(model, preset(model), batch_size, CPU, torch.bfloat16))
 
 
-def _resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most since `_peak` began. getrusage would count the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[1])
-
-
-def _peak(call: Callable[[], object]) -> int:
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    call()
-    return _resident("VmHWM")
-
-
 def _measure(model: str, batch_size: int, contender: str) -> tuple[int, int]:
     for build in models(CPU).values():  # every library is loaded, whichever is measured
         build(preset("vitc_nano"))
-    build, base = _training(model, batch_size).contenders[contender], _resident("VmRSS")
+    build, base = _training(model, batch_size).contenders[contender], resident("VmRSS")
     steps = []
 
     def first() -> None:
@@ -56,7 +42,7 @@ def _measure(model: str, batch_size: int, contender: str) -> tuple[int, int]:
         for _ in range(_LATER_STEPS):
             steps[0]()
 
-    return _peak(first) - base, _peak(later) - base
+    return peak(first) - base, peak(later) - base
 
 
 def measure(model: str, batch_size: int, contender: str) -> tuple[int, int]:

@@ -4,7 +4,9 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,39 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A private folder on this machine, in `$TMPDIR` or where else temporary files are kept, that goes at the end.
+
+    Those that killed processes left go at the beginning.
+    """
+    place = private_folder(Path(tempfile.gettempdir(), f"fastvitc-{os.geteuid()}"))
+    with locked(place / "lock"):
+        for left in place.iterdir():
+            if left.is_dir():
+                _remove_abandoned(left)
+        folder = Path(tempfile.mkdtemp(dir=place))
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)  # until this process ends, however it does
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a folder that no process holds."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

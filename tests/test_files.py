@@ -1,8 +1,13 @@
 import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from fastvitc.files import remove_unfinished, write_atomically
+from fastvitc.files import remove_unfinished, temporary_folder, write_atomically
 
 
 def fail_while_writing(path):
@@ -64,3 +69,29 @@ def test_a_folder_that_a_failing_write_made_holds_no_temporary_file(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         write_atomically(tmp_path / "new" / "file", fail_while_writing)
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_temporary_folder_is_private_and_goes_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder() as folder:
+        (folder / "file").write_text("")
+        assert tmp_path in folder.parents
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
+
+
+def test_a_killed_processs_temporary_folder_goes_and_a_living_ones_stays(tmp_path, monkeypatch):
+    code = "import sys; from fastvitc.files import temporary_folder\n"
+    code += "with temporary_folder() as folder: print(folder, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    ) as other:
+        left = Path(other.stdout.readline().strip())
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with temporary_folder():
+            assert left.exists()
+        other.kill()
+    with temporary_folder():
+        assert not left.exists()

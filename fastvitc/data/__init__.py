@@ -3,10 +3,13 @@
 import importlib.util
 from typing import Literal, get_args
 
+import torch
+
 from fastvitc.data.augment import Augment
 from fastvitc.data.base import Batch, Loader, LoaderConfig
 from fastvitc.data.digits import digits_folder
-from fastvitc.data.index import ImageIndex, index_folder, index_split, synthetic_index
+from fastvitc.data.index import ImageIndex, synthetic_index
+from fastvitc.data.layout import index_folder, index_place, index_split, read_index, write_index
 from fastvitc.data.pil import PilLoader
 from fastvitc.data.policy import PolicyName
 from fastvitc.data.synthetic import SyntheticLoader
@@ -20,11 +23,15 @@ __all__ = [
     "LoaderConfig",
     "LoaderKind",
     "PolicyName",
+    "choose_loader",
     "create_loader",
     "digits_folder",
     "index_folder",
+    "index_place",
     "index_split",
+    "read_index",
     "synthetic_index",
+    "write_index",
 ]
 
 LoaderKind = Literal["auto", "dali", "pil", "synthetic"]
@@ -45,8 +52,7 @@ def create_loader(kind: LoaderKind, config: LoaderConfig) -> Loader:
     """
     if kind not in get_args(LoaderKind):
         raise UsageError(f"there is no loader {kind!r}; choose among {', '.join(get_args(LoaderKind))}")
-    if kind == "auto":
-        kind = "dali" if config.device.type == "cuda" and _has_dali() else "pil"
+    kind, _ = choose_loader(kind, config.device)
     if kind == "synthetic":
         return SyntheticLoader(config)
     if config.index.source is None:
@@ -58,6 +64,15 @@ def create_loader(kind: LoaderKind, config: LoaderConfig) -> Loader:
     from fastvitc.data.dali import DaliLoader  # only here: DALI need not be installed
 
     return DaliLoader(config)
+
+
+def choose_loader(kind: LoaderKind, device: torch.device) -> tuple[LoaderKind, str]:
+    """(the kind that `auto` stands for on a device, or the one given; why it is that)."""
+    if kind != "auto":
+        return kind, "as given"
+    if device.type != "cuda":
+        return "pil", "auto takes it on a CPU"
+    return ("dali", "auto takes it on a GPU") if _has_dali() else ("pil", "DALI is not installed")
 
 
 def _has_dali() -> bool:

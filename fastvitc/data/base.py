@@ -134,6 +134,10 @@ class Loader(ABC):
         """Images per epoch on this rank."""
         return self.order.samples
 
+    def description(self) -> str:
+        """What loads, and with how many processes or threads."""
+        return type(self).__name__
+
     def version(self) -> str:
         """What decodes, with its version: another one may give other pixels."""
         return type(self).__name__

@@ -6,7 +6,7 @@ augments an image the same way.
 """
 
 import io
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,6 +66,9 @@ class DaliLoader(Loader):
                 torch.from_dlpack(labels.as_tensor()),
             )
 
+    def description(self) -> str:
+        return f"DaliLoader, {max(1, self.config.workers)} threads"
+
     def version(self) -> str:
         return f"DALI {nvidia.dali.__version__} on {self.config.device.type}"
 
@@ -95,7 +98,7 @@ class DaliLoader(Loader):
             )
             self._pipeline.build()
 
-    def _unreadable(self, batches: list[Samples], error: Exception) -> list[tuple[int, str]]:
+    def _unreadable(self, batches: Sequence[Samples], error: Exception) -> list[tuple[int, str]]:
         """(number, reason) of the images that made a batch fail; DALI's own error names none."""
         index = self.config.index
         numbers = [n for samples in batches for n in self._source.chosen(samples) if n is not None]
@@ -144,7 +147,7 @@ class _Source:
                 self.ndims += [1, 1, 3]
         self.begin(0, [])
 
-    def begin(self, epoch: int, batches: list[Samples]) -> None:
+    def begin(self, epoch: int, batches: Sequence[Samples]) -> None:
         self._epoch, self._batches = epoch, batches
 
     def close(self) -> None:

@@ -70,6 +70,9 @@ class PilLoader(Loader):
         finally:
             gc.unfreeze()
 
+    def description(self) -> str:
+        return f"PilLoader, {self.config.workers or 'no'} worker processes"
+
     def version(self) -> str:
         return f"PIL {PIL.__version__}"
 

@@ -1,7 +1,8 @@
 """Which samples each rank sees in which order: a pure function of seed, epoch, rank and world size."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -20,6 +21,36 @@ class Samples(NamedTuple):
         """The sample in a place, and what may replace it, in order."""
         spares = np.roll(self.spares, -place)
         return [int(self.numbers[place]), *map(int, spares)]
+
+
+@dataclass(frozen=True)
+class Epoch(Sequence[Samples]):
+    """Batches of an epoch; each is made when it is asked for.
+
+    numbers: one rank's samples of the whole epoch. batches: which of its batches these are.
+    """
+
+    numbers: np.ndarray
+    batch_size: int
+    training: bool
+    batches: range
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, place: int) -> Samples: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Epoch": ...
+    def __getitem__(self, place: int | slice) -> "Samples | Epoch":
+        if isinstance(place, slice):
+            return replace(self, batches=self.batches[place])
+        start = self.batches[place] * self.batch_size
+        after = (start + self.batch_size) % len(self.numbers) if self.training else len(self.numbers)
+        return Samples(self._batch(start), self._batch(after))
+
+    def _batch(self, start: int) -> np.ndarray:
+        return self.numbers[start : start + self.batch_size].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,14 +83,11 @@ class Order:
             return self.batches * self.batch_size
         return len(range(self.rank, self.n, self.world_size))
 
-    def epoch(self, epoch: int, first: int = 0) -> list["Samples"]:
+    def epoch(self, epoch: int, first: int = 0) -> Epoch:
         """The samples of each batch of an epoch from batch number `first` on."""
+        dtype = np.int32 if self.n < 2**31 else np.int64  # millions of samples on each of many ranks
+        order = np.arange(self.n, dtype=dtype)
         if self.training:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-        else:
-            order = np.arange(self.n)
-        mine = order[self.rank :: self.world_size][: self.samples]
-        size = self.batch_size
-        batches = [mine[i * size : (i + 1) * size] for i in range(self.batches)]
-        following = [*batches[1:], *batches[:1]] if self.training else [mine[:0]] * self.batches
-        return list(map(Samples, batches, following))[first:]
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        mine = order[self.rank :: self.world_size][: self.samples].copy()
+        return Epoch(mine, self.batch_size, self.training, range(self.batches)[first:])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from fastvitc.data.base import Batch, Loader, LoaderConfig
@@ -21,9 +22,6 @@ class SyntheticLoader(Loader):
         self._images = pixels.to(config.device).permute(0, 3, 1, 2)
 
     def __iter__(self) -> Iterator[Batch]:
-        labels = torch.from_numpy(self.config.index.labels)
         for samples, _ in self.order.epoch(self._epoch, self._first):
-            yield Batch(
-                self._images[: len(samples)],
-                labels[torch.from_numpy(samples)].to(self.config.device, non_blocking=True),
-            )
+            labels = torch.from_numpy(self.config.index.labels[samples].astype(np.int64))
+            yield Batch(self._images[: len(samples)], labels.to(self.config.device, non_blocking=True))

@@ -32,7 +32,7 @@ class EvaluateSettings:
     checkpoint: tyro.conf.Positional[str]
     """Folder of a saved model (a run's best/ or last/), or another library's file with --source."""
     data_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder with val/<class>/* or <class>/*; by default scikit-learn's digits."""
+    """Folder with class folders or tar shards, in val/ or in itself; by default scikit-learn's digits."""
     source: Literal["fastvitc", "pycls", "torchvision", "timm"] = "fastvitc"
     """Which library wrote the checkpoint."""
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None

@@ -12,14 +12,16 @@ from typing import get_args
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastvitc.data import ImageIndex, digits_folder, index_folder, synthetic_index
+from fastvitc.data import ImageIndex, digits_folder, synthetic_index, write_index
 from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.kernels import BackendUnavailable, chosen
 from fastvitc.models.config import preset
 from fastvitc.programs.command import parse, run_command
 from fastvitc.training.assembly import assemble, shares_statistics
 from fastvitc.training.boards import check_wandb
+from fastvitc.training.data_only import data_only
 from fastvitc.training.folder import RunFolder
+from fastvitc.training.images import shared_images
 from fastvitc.training.process import Process, process_group
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.run import Run
@@ -83,13 +85,12 @@ def _with_hyphens(arg: str) -> str:
     return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
 
 
-def find_images(settings: TrainSettings) -> tuple[ImageIndex, ImageIndex]:
+def find_images(settings: TrainSettings, process: Process) -> tuple[ImageIndex, ImageIndex]:
     """The training and validation images that the settings name."""
-    if settings.data.data_dir is not None:
-        return index_folder(settings.data.data_dir)
-    if settings.data.loader == "synthetic":
+    data_dir = settings.data.data_dir
+    if data_dir is None and settings.data.loader == "synthetic":
         return synthetic_index("train"), synthetic_index("val")
-    return index_folder(digits_folder())
+    return shared_images(process, lambda place: write_index(data_dir or digits_folder(), place))
 
 
 def output_folder(settings: TrainSettings, state: RunState | None) -> RunFolder:
@@ -161,6 +162,8 @@ def _measure(settings: TrainSettings, device: torch.device) -> None:
 def train(settings: TrainSettings, state: RunState | None = None) -> Path | None:
     """Train as the settings say, from the state where there is one; the run's folder, on the main process.
 
+    With --data-only nothing is trained and there is no folder.
+
     Raises:
         Interrupted: the run was asked to stop; its state is saved.
     """
@@ -170,7 +173,12 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
         torch.set_num_threads(settings.machine.threads)
     with process_group(settings.machine.device) as process:
         _check_one_state(process, state)
-        images = process.share(process.agree(lambda: find_images(settings)))
+        images = find_images(settings, process)
+        if settings.run.data_only is not None:
+            lines = data_only(settings, process, images[0])
+            if process.is_main:
+                print("\n".join(lines))
+            return None
         settings = with_backends(settings, process, resumed=state is not None)
         parts = assemble(settings, process, *images, state)
         folder = process.agree(lambda: output_folder(settings, state))

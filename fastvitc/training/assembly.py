@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from fastvitc.data import Augment, ImageIndex, Loader, LoaderConfig, create_loader
 from fastvitc.errors import UsageError
 from fastvitc.kernels import chosen
+from fastvitc.models.config import preset
 from fastvitc.models.saved import load_weights
 from fastvitc.models.vit import VisionTransformer, create_model
 from fastvitc.training.evaluation import Evaluator
@@ -118,7 +119,7 @@ def assemble(
     if s.machine.compile:
         _try_ops(model, process.device, dtype)
     train_loader, val_loader = (
-        _loader(s, process, model, index, training) for index, training in ((train, True), (val, False))
+        loader_of(s, process, index, training) for index, training in ((train, True), (val, False))
     )
     o = s.optimisation
     steps = len(train_loader) // o.grad_accum_steps
@@ -205,7 +206,7 @@ def _check_fits(state: RunState, settings: TrainSettings, classes: list[str], wo
 def _data_digest(
     train: ImageIndex, val: ImageIndex, loader: Loader, settings: TrainSettings, world_size: int
 ) -> str:
-    parts = train.digest(), val.digest(), loader.version(), loader.config.augment, loader.config.image_size
+    parts = train.digest, val.digest, loader.version(), loader.config.augment, loader.config.image_size
     order = settings.machine.seed, settings.optimisation.batch_size, world_size
     return hashlib.sha256(repr((parts, order)).encode()).hexdigest()
 
@@ -219,15 +220,14 @@ def _try_ops(model: VisionTransformer, device: torch.device, dtype: torch.dtype)
     model.train()
 
 
-def _loader(
-    settings: TrainSettings, process: Process, model: VisionTransformer, index: ImageIndex, training: bool
-) -> Loader:
+def loader_of(settings: TrainSettings, process: Process, index: ImageIndex, training: bool) -> Loader:
+    """The loader of the training or validation images."""
     data = settings.data
     config = LoaderConfig(
         index,
         training=training,
         batch_size=settings.optimisation.batch_size,
-        image_size=model.config.image_size,
+        image_size=data.size() or preset(settings.model.model).image_size,
         augment=Augment(data.crop_scale, data.crop_aspect, data.hflip, data.augment),
         crop_ratio=data.crop_ratio,
         device=process.device,

@@ -29,6 +29,7 @@ class Process:
     device: torch.device
     control: dist.ProcessGroup | None = None  # messages between the hosts, which no device has to wait for
     patient: dist.ProcessGroup | None = None  # the same, for what may take hours
+    local_rank: int = 0  # among the processes of this machine
 
     @property
     def is_main(self) -> bool:
@@ -58,12 +59,12 @@ class Process:
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.average(statistic for norm in norms for statistic in (norm.running_mean, norm.running_var))
 
-    def gather(self, value: T) -> list[T]:
-        """Each process's value, on every process, in the order of the ranks."""
+    def gather(self, value: T, *, late: bool = False) -> list[T]:
+        """Each process's value, on every process, in the order of the ranks; `late` where one may come hours later."""
         values: list[T] = [value]
         if self.world_size > 1:
             values *= self.world_size
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value, group=self.patient if late else self.control)
         return values
 
     def agree(self, step: Callable[[], T]) -> T | None:
@@ -152,7 +153,8 @@ def process_group(device: str = "auto") -> Iterator[Process]:
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=_SOON)
     control, patient = (dist.new_group(backend="gloo", timeout=timeout) for timeout in (_SOON, _LATE))
     try:
-        yield Process(dist.get_rank(), world_size, picked, control, patient)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        yield Process(dist.get_rank(), world_size, picked, control, patient, local_rank)
     except Interrupted:  # on all processes
         dist.destroy_process_group()
         raise

@@ -37,7 +37,7 @@ class DataSettings:
     """Which images, and what happens to them before the model."""
 
     data_dir: Annotated[str | None, _optional("DIR")] = None
-    """Folder with train/<class>/* and val/<class>/*. Without it: scikit-learn's handwritten digits."""
+    """Folder with class folders or tar shards in train/ and val/. Without it: scikit-learn's handwritten digits."""
     loader: LoaderKind = "auto"
     """DALI, PIL in worker processes, or random pixels (synthetic). auto: DALI on a GPU, else PIL."""
     workers: Annotated[int | None, at_least(0), _optional("INT", "-j")] = None
@@ -155,6 +155,8 @@ class RunSettings:
     is not finite."""
     log_every: Annotated[int, at_least(1)] = 50
     """Steps between log points. Only log points wait for the device."""
+    data_only: Annotated[float | None, above(0), _optional("SECONDS")] = None
+    """Train nothing: run the training loader alone for so long, an epoch at most, and tell its rate."""
     profile: Annotated[int | None, at_least(1), _optional("STEPS")] = None
     """Write a trace of so many steps, after the first few, to trace.json in the run's folder. Default: none."""
     wandb: Annotated[str | None, _optional("PROJECT")] = None
@@ -241,6 +243,7 @@ _MAY_CHANGE = {
     "resume_anyway",
     "save_every",
     "save_minutes",
+    "data_only",
     "keep",
     "max_rollbacks",
 }

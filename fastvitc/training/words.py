@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fastvitc.data import Loader, LoaderKind, choose_loader
 from fastvitc.models.complexity import complexity
 from fastvitc.training.assembly import Parts
 from fastvitc.training.process import Process
@@ -52,13 +53,19 @@ def introduction(parts: Parts, yardstick: Yardstick, folder: Path) -> list[str]:
         f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
         f"ops: {', '.join(f'{op} {backend}' for op, backend in parts.backends.items())}",
         f"data: {images:,} training images per epoch in {len(parts.classes)} classes, "
-        f"{type(parts.train_loader).__name__}",
+        f"{explain_loader(parts.train_loader, s.data.loader)}",
         f"recipe {o.recipe}: {o.opt}, learning rate {o.lr:g}, weight decay {o.weight_decay:g}, {o.epochs} epochs "
         f"of {parts.steps} steps, {parts.images_per_step} images per step",
         f"MFU: {yardstick.per_image / 1e9:.3g} GFLOP per training image (three times forward, a multiply-add is two), "
         f"as a share of {yardstick.peak / 1e12:.3g} TFLOP/s ({yardstick.source})",
         f"output: {folder}",
     ]
+
+
+def explain_loader(loader: Loader, asked: LoaderKind) -> str:
+    """What loads the images, and why."""
+    _, why = choose_loader(asked, loader.config.device)
+    return f"{loader.description()} ({why})"
 
 
 def unused_devices(process: Process) -> str:

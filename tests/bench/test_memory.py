@@ -1,21 +1,21 @@
 import numpy as np
 import pytest
 
-from bench import memory
+from bench import memory, resident
 
 MEGABYTES = 64
 
 
 def test_the_peak_of_a_call_holds_what_it_has_freed():
-    base = memory._resident("VmRSS")
-    peak = memory._peak(lambda: np.ones(MEGABYTES * 10**6, np.uint8))
+    base = resident.resident("VmRSS")
+    peak = resident.peak(lambda: np.ones(MEGABYTES * 10**6, np.uint8))
     assert peak - base == pytest.approx(MEGABYTES * 1e6, rel=0.1)
 
 
 def test_the_peak_of_an_earlier_call_is_forgotten():
-    memory._peak(lambda: np.ones(MEGABYTES * 10**6, np.uint8))
-    base = memory._resident("VmRSS")
-    assert memory._peak(lambda: None) - base < 0.1 * MEGABYTES * 1e6
+    resident.peak(lambda: np.ones(MEGABYTES * 10**6, np.uint8))
+    base = resident.resident("VmRSS")
+    assert resident.peak(lambda: None) - base < 0.1 * MEGABYTES * 1e6
 
 
 @pytest.mark.slow

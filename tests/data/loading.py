@@ -4,14 +4,14 @@ import numpy as np
 import torch
 
 from fastvitc.data import ImageIndex, LoaderConfig, create_loader
-from fastvitc.data.index import Files
+from fastvitc.data.source import Files
 
 READING = ["pil", "dali"]
 ALL = [*READING, "synthetic"]
 
 
 def index_of(paths, split="train"):
-    files = Files(list(map(str, paths)))
+    files = Files("", list(map(str, paths)))
     return ImageIndex(split, "", ("all",), files, np.arange(len(paths)))
 
 

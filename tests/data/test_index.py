@@ -50,7 +50,7 @@ def test_labels_are_positions_in_the_sorted_classes(tmp_path):
         "train/b/1.jpg",
     ]
     assert train.labels.tolist() == [0, 1, 1, 2]
-    assert train.labels.dtype == np.int64
+    assert train.labels.dtype == np.int32
     assert (train.split, val.split, len(train), len(val)) == ("train", "val", 4, 3)
 
 
@@ -118,8 +118,12 @@ def test_a_missing_folder_is_named(tmp_path, index):
 def test_an_unreadable_folder_is_named_with_the_reason(tmp_path, monkeypatch):
     make(tmp_path, "val/a/1.jpg")
 
+    scandir = os.scandir
+
     def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=rf"cannot read the folder {tmp_path}: Permission denied"):

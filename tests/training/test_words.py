@@ -1,12 +1,22 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fastvitc import complexity
+from fastvitc import complexity, data
 from fastvitc.data import synthetic_index
+from fastvitc.data.pil import PilLoader
 from fastvitc.training.assembly import assemble
 from fastvitc.training.process import Process
 from fastvitc.training.recipes import recipe_settings
-from fastvitc.training.words import Yardstick, duration, introduction, unused_devices, yardstick
+from fastvitc.training.words import (
+    Yardstick,
+    duration,
+    explain_loader,
+    introduction,
+    unused_devices,
+    yardstick,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +69,27 @@ def test_the_log_opens_with_model_device_ops_data_recipe_and_yardstick(parts, tm
     )
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+def test_the_line_on_the_data_says_which_loader_and_why(parts, tmp_path):
+    line = introduction(parts, yardstick(parts), tmp_path)[4]
+    assert line.endswith("in 3 classes, SyntheticLoader (as given)")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dali", "why"),
+    [
+        ("auto", "cpu", True, "auto takes it on a CPU"),
+        ("auto", "cuda", True, "auto takes it on a GPU"),
+        ("auto", "cuda", False, "DALI is not installed"),
+        ("pil", "cuda", True, "as given"),
+    ],
+)
+def test_the_reason_for_a_loader_is_the_rule_that_chose_it(asked, device, dali, why, parts, monkeypatch):
+    monkeypatch.setattr(data, "_has_dali", lambda: dali)
+    loader = PilLoader(replace(parts.train_loader.config, workers=3))
+    object.__setattr__(loader.config, "device", torch.device(device))
+    assert explain_loader(loader, asked) == f"PilLoader, 3 worker processes ({why})"
 
 
 def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch):
