@@ -137,6 +137,16 @@ def pick_device(requested: str) -> torch.device:
     return device
 
 
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """The store's part for these processes.
+
+    torchrun keeps its store when it starts all of them again, and the addresses of those that have ended must not be
+    taken for theirs. On several machines the count of starts may differ.
+    """
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0", store)
+
+
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[Process]:
     """Join the process group that torchrun describes, if any, and leave it at the end."""
@@ -150,7 +160,11 @@ def process_group(device: str = "auto") -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, picked)
         return
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=_SOON)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=_SOON))
+    backend = "nccl" if picked.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=_of_this_start(store), rank=rank, world_size=world_size, timeout=_SOON
+    )
     control, patient = (dist.new_group(backend="gloo", timeout=timeout) for timeout in (_SOON, _LATE))
     try:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
