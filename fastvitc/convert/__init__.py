@@ -228,27 +228,34 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _convert(state, (OURS,), TIMM)
 
 
-_READERS = {"pycls": from_pycls, "torchvision": from_torchvision, "timm": from_timm}
+def _ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _convert(state, (OURS,), OURS)
+
+
+_READERS = {"fastvitc": _ours, "pycls": from_pycls, "torchvision": from_torchvision, "timm": from_timm}
 
 
 def load(
-    path: str | os.PathLike[str], source: Literal["pycls", "torchvision", "timm"], *, ema: bool = False
+    path: str | os.PathLike[str],
+    source: Literal["auto", "fastvitc", "pycls", "torchvision", "timm"] = "auto",
+    *,
+    ema: bool = False,
 ) -> dict[str, Tensor]:
-    """The weights in another library's checkpoint file, as a state dict of fastvitc on the CPU.
+    """The weights in a checkpoint file, of this library or another, as a state dict of fastvitc on the CPU.
 
     Args:
         path: a .safetensors file, or one that `torch.save` wrote (.pyth, .pth, .pt, ...); no code in it runs.
             The state dict may be the whole content or its entry `model_state` (pycls), `model` or
             `state_dict`; prefixes that DistributedDataParallel and torch.compile put before every key go.
-        source: the library the model is of.
+        source: the library the model is of; "auto" goes by the names in the file.
         ema: of a pycls file take the running average of the weights, `ema_state`.
 
     Raises:
         CheckpointError: the file is missing, damaged or no checkpoint, or does not hold a model of `source`.
         UsageError: an unknown source, or ema of a source other than pycls.
     """
-    if source not in _READERS:
-        raise UsageError(f"source must be one of {', '.join(_READERS)}, got {source!r}")
+    if source not in ("auto", *_READERS):
+        raise UsageError(f"source must be one of auto, {', '.join(_READERS)}, got {source!r}")
     if ema and source != "pycls":
         raise UsageError(
             f"ema=True needs a pycls checkpoint; files of {source} keep no average in a known place"
@@ -262,8 +269,9 @@ def load(
     states = [content[entry] for entry in entries if isinstance(content.get(entry), Mapping)]
     if ema and not states:
         raise CheckpointError(f"{path} has no weights in ema_state; load it with ema=False")
+    state = _unprefixed(states[0] if states else content)
     try:
-        return _READERS[source](_unprefixed(states[0] if states else content))
+        return _READERS[_closest(state, ALL).library if source == "auto" else source](state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from fastvitc.errors import CheckpointError
 from fastvitc.files import write_atomically
 from fastvitc.kernels import Choice
-from fastvitc.models.config import ViTConfig
+from fastvitc.models.config import ViTConfig, as_size
 from fastvitc.models.stems import STEMS
-from fastvitc.models.vit import VisionTransformer
+from fastvitc.models.vit import VisionTransformer, resize_pos_embed
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -63,8 +63,20 @@ def _model_config(entry: dict[str, Any]) -> ViTConfig:
     return ViTConfig(**values)
 
 
-def load_model(folder: str | Path, *, backend: Choice = "auto") -> VisionTransformer:
+def load_model(
+    folder: str | Path,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    backend: Choice = "auto",
+) -> VisionTransformer:
     """The model that `save_model` wrote, in evaluation mode on the CPU.
+
+    Args:
+        folder: of the saved model.
+        num_classes: another number of classes, for which the model gets a new head of zeros; 0 for none.
+        image_size: another size in pixels; the position embedding is interpolated.
+        backend: see `VisionTransformer`.
 
     Raises:
         CheckpointError: the folder is not a saved model, or its files are damaged or do not fit each other.
@@ -72,13 +84,53 @@ def load_model(folder: str | Path, *, backend: Choice = "auto") -> VisionTransfo
     folder = model_folder(folder)
     entry = read_config(folder)["model"]
     try:
-        model = VisionTransformer(_model_config(entry), backend=backend)
-        load_weights(model, load_file(folder / WEIGHTS))
+        config = _model_config(entry)
+        changes = {} if num_classes is None else {"num_classes": num_classes}
+        if image_size is not None:
+            changes["image_size"] = as_size(image_size)
+        model = VisionTransformer(replace(config, **changes), backend=backend)
+        weights = load_file(folder / WEIGHTS)
+        if image_size is not None:
+            weights = _resized(weights, config, model.config)
+        load_weights(
+            model, weights if num_classes in (None, config.num_classes) else _with_head(weights, model)
+        )
     except CheckpointError:
         raise
     except Exception as error:  # a foreign configuration may fail anywhere, a negative width in PyTorch
         raise CheckpointError(f"{folder} does not hold a whole saved model: {error}") from error
     return model.eval()
+
+
+def begin_with(model: VisionTransformer, weights: dict[str, Tensor]) -> bool:
+    """Load the weights that a model is to be trained on from; whether its head is new.
+
+    A head for another number of classes stays as it is in the new model. A position embedding for another size is
+    interpolated where it is of a square image. A model that averages its tokens leaves out the class token.
+
+    Raises:
+        CheckpointError: the weights do not fit otherwise.
+    """
+    weights = dict(weights)
+    if model.config.pool == "mean" and "class_token" in weights:
+        del weights["class_token"]
+        weights["pos_embed"] = weights["pos_embed"][:, 1:]
+    fitting = _with_head(weights, model)
+    load_weights(model, fitting)
+    return any(fitting[key] is not weights.get(key) for key in fitting if key.startswith("head."))
+
+
+def _with_head(weights: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
+    """The weights with the model's own head where theirs has another number of classes."""
+    head = {f"head.{name}": value for name, value in model.head.state_dict().items()}
+    if all(key in weights and weights[key].shape == value.shape for key, value in head.items()):
+        head = {key: weights[key] for key in head}
+    return {key: value for key, value in weights.items() if not key.startswith("head.")} | head
+
+
+def _resized(weights: dict[str, Tensor], old: ViTConfig, new: ViTConfig) -> dict[str, Tensor]:
+    prefix = int(old.pool == "token")
+    return {**weights, "pos_embed": resize_pos_embed(weights["pos_embed"], old.grid, new.grid, prefix)}
 
 
 def load_weights(model: VisionTransformer, weights: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from fastvitc.data import ImageIndex, digits_folder, synthetic_index, write_inde
 from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.kernels import BackendUnavailable, chosen
 from fastvitc.models.config import preset
+from fastvitc.models.saved import WEIGHTS, model_folder, read_config
 from fastvitc.programs.command import parse, run_command
 from fastvitc.training.assembly import assemble, shares_statistics
 from fastvitc.training.boards import check_wandb
@@ -37,7 +38,7 @@ PROGRAM = "fastvitc-train"
 def read_settings(args: Sequence[str]) -> tuple[TrainSettings, RunState | None]:
     """The command line over the recipe's settings, or over those of the resumed run, whose state comes with them."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--data-dir", "--model", "--recipe", "--resume"):
+    for flag in ("--data-dir", "--model", "--recipe", "--resume", "--initial-checkpoint"):
         early.add_argument(flag)
     early.add_argument("--output", "-o")
     early.add_argument("--grad-accum-steps", type=int, default=1)
@@ -59,11 +60,22 @@ def read_settings(args: Sequence[str]) -> tuple[TrainSettings, RunState | None]:
                     print(f"the run in {folder} has finished its {state.epoch} epochs; nothing is left to do")
                 sys.exit(0)
             return settings.changed(resume=str(folder)), state
-    recipe = known.recipe or ("digits" if known.data_dir is None else "small")
+    begins = known.initial_checkpoint
+    recipe = known.recipe or ("digits" if known.data_dir is None else "finetune" if begins else "small")
     if recipe not in get_args(Recipe):
         return parse(TrainSettings, PROGRAM, args), None  # prints the choices and exits
     shares = int(os.environ.get("WORLD_SIZE", "1")) * max(known.grad_accum_steps, 1)
-    return parse(TrainSettings, PROGRAM, args, recipe_settings(recipe, known.model, shares)), None
+    model = known.model or (None if begins is None else _model_of(Path(begins)))
+    return parse(TrainSettings, PROGRAM, args, recipe_settings(recipe, model, shares)), None
+
+
+def _model_of(checkpoint: Path) -> str:
+    """The preset that a saved model of this library names."""
+    ours = checkpoint.is_dir() or checkpoint.name == WEIGHTS
+    name = read_config(model_folder(checkpoint)).get("name") if ours else None
+    if name is None:
+        raise UsageError(f"{checkpoint} does not name its model; give the preset with --model")
+    return name
 
 
 def _resumed(resume: str, output: str | None) -> tuple[Path, RunState] | None:

@@ -2,17 +2,19 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastvitc import convert
 from fastvitc.data import Augment, ImageIndex, Loader, LoaderConfig, create_loader
 from fastvitc.errors import UsageError
 from fastvitc.kernels import chosen
 from fastvitc.models.config import preset
-from fastvitc.models.saved import load_weights
+from fastvitc.models.saved import WEIGHTS, begin_with, load_weights, model_folder
 from fastvitc.models.vit import VisionTransformer, create_model
 from fastvitc.training.evaluation import Evaluator
 from fastvitc.training.mix import Mixing
@@ -29,7 +31,8 @@ class Parts:
     """What a run is made of.
 
     `steps` are those of an epoch, `images_per_step` those of all processes. `backends` says what each op runs on.
-    `data` is a digest of what decides which images come in which order and how they look.
+    `data` is a digest of what decides which images come in which order and how they look. `new_head` says of a run that
+    begins with given weights whether it has a head of its own.
     """
 
     settings: TrainSettings
@@ -49,6 +52,7 @@ class Parts:
     step: TrainStep
     evaluate: Evaluator
     data: str
+    new_head: bool | None
 
     @property
     def evaluated(self) -> VisionTransformer:
@@ -116,6 +120,11 @@ def assemble(
         backend=backends,
         grad_checkpointing=s.model.grad_checkpointing,
     ).to(process.device, memory_format=torch.channels_last)
+    new_head = None
+    if s.model.initial_checkpoint is not None and state is None:
+        new_head = begin_with(model, _initial_weights(Path(s.model.initial_checkpoint)))
+    if s.model.freeze_stem:
+        model.stem.freeze()
     if s.machine.compile:
         _try_ops(model, process.device, dtype)
     train_loader, val_loader = (
@@ -129,7 +138,9 @@ def assemble(
             f"{o.grad_accum_steps} of --grad-accum-steps; lower it or --batch-size"
         )
     images_per_step = o.batch_size * o.grad_accum_steps * process.world_size
-    optimizers = create_optimizers(model, o.opt, lr=o.lr, weight_decay=o.weight_decay)
+    optimizers = create_optimizers(
+        model, o.opt, lr=o.lr, weight_decay=o.weight_decay, layer_decay=o.layer_decay
+    )
     ema = _ema(s, model, steps, images_per_step) if o.model_ema else None
     data = _data_digest(train, val, train_loader, s, process.world_size)
     schedule = Schedule(o.epochs, o.warmup_epochs)
@@ -179,7 +190,12 @@ def assemble(
             compile=s.machine.compile,
         ),
         data=data,
+        new_head=new_head,
     )
+
+
+def _initial_weights(path: Path) -> dict[str, Tensor]:
+    return convert.load(model_folder(path) / WEIGHTS if path.is_dir() else path)
 
 
 def shares_statistics(settings: TrainSettings, process: Process) -> bool:

@@ -15,24 +15,53 @@ from fastvitc.errors import UsageError
 OptimizerName = Literal["adamw", "sgd"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: decayed (matrices, convolutions, class token, position embedding), and not (biases and norms)."""
-    decayed, exempt = [], []
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, lr: float = 1.0, layer_decay: float = 1.0
+) -> list[dict]:
+    """Groups of the parameters that are trained.
+
+    Matrices, convolutions, class token and position embedding are decayed, biases and norms are not. Each layer below
+    the head learns `layer_decay` times as fast as the one above it (Bao et al. 2022, BEiT, appendix); the stem, the
+    class token and the position embedding are the lowest. A group's highest rate is its `initial_lr`.
+    """
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    below = _below_the_head(model) if layer_decay != 1.0 else {}
     for name, parameter in model.named_parameters():
-        exempt_here = parameter.ndim < 2 or name.endswith("bias")
-        (exempt if exempt_here else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or name.endswith("bias")
+            groups.setdefault((exempt, below.get(name, 0)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if exempt else weight_decay,
+            "initial_lr": lr * layer_decay**steps,
+        }
+        for (exempt, steps), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _below_the_head(model: nn.Module) -> dict[str, int]:
+    """How many layers each parameter is below the head, by its name."""
+    depth = len(model.blocks)
+    below = {}
+    for name, _ in model.named_parameters():
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            below[name] = depth - int(rest.partition(".")[0])
+        else:
+            below[name] = 0 if part in ("norm", "head") else depth + 1
+    return below
 
 
 def create_optimizers(
-    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float
+    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[Optimizer]:
     """AdamW (betas 0.9, 0.999) or SGD (Nesterov momentum 0.9), PyTorch's fused form, on `parameter_groups`.
 
     A list, so that an optimiser for some parameters can stand beside one for the rest. Each group keeps its highest
     rate as `initial_lr`; `set_rates` takes a share of it.
     """
-    groups = [{**group, "initial_lr": lr} for group in parameter_groups(model, weight_decay)]
+    groups = parameter_groups(model, weight_decay, lr=lr, layer_decay=layer_decay)
     if name == "adamw":
         return [AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)]
     if name == "sgd":

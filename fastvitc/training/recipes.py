@@ -26,6 +26,17 @@ _SMALL: dict[str, Any] = {
     "warmup_epochs": 5.0,
 }
 
+#: From weights that were trained elsewhere; after Bao et al. 2022 (BEiT), appendix, and Touvron et al. 2022 (DeiT III).
+_FINETUNE: dict[str, Any] = {
+    "epochs": 20,
+    "lr": 5e-4,
+    "layer_decay": 0.75,
+    "warmup_epochs": 2.0,
+    "drop_path": 0.1,
+    "augment": "randaugment",
+    "mixup": 0.2,
+}
+
 #: Xiao et al. 2021, section 4 ("ImageNet-1k"): 8 V100 for the 1GF and 4GF models; top-1 error of vitc_4gf after
 #: 100/200/400 epochs 20.9/19.2/18.6. The average of the weights and precise BatchNorm are its code's defaults.
 _PAPER: dict[str, Any] = {
@@ -68,8 +79,8 @@ def recipe_settings(recipe: Recipe, model: str | None = None, shares: int = 1) -
         # On a CPU compiling takes longer than it saves in so short a run.
         return base.changed(model=model or "vitc_nano", compile=torch.cuda.is_available(), **_DIGITS)
     model = model or "vitc_4gf"
-    if recipe == "small":
-        return base.changed(model=model, **_SMALL)
+    if recipe in ("small", "finetune"):
+        return base.changed(model=model, **(_SMALL if recipe == "small" else _FINETUNE))
     paper = base.changed(model=model, batch_size=max(1, _PAPER_BATCH // shares), **_PAPER)
     if recipe.startswith("paper-50ep"):
         if model not in _PAPER_50EP:

@@ -235,7 +235,7 @@ class Run:
         return mix.to(parts.process.device, non_blocking=True)
 
     def _rate(self) -> float:
-        return self.parts.optimizers[0].param_groups[0]["lr"]
+        return max(group["lr"] for optimizer in self.parts.optimizers for group in optimizer.param_groups)
 
     @property
     def _done(self) -> int:

@@ -16,7 +16,7 @@ from fastvitc.training.optim import OptimizerName
 from fastvitc.tuning.machine import Precision, can_compile, fast_precision
 
 Recipe = Literal[
-    "digits", "small", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
+    "digits", "small", "finetune", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
 ]
 
 
@@ -68,6 +68,11 @@ class ModelSettings:
 
     model: str = "vitc_nano"
     """A preset; fastvitc-info lists them."""
+    initial_checkpoint: Annotated[str | None, _optional("FILE | DIR")] = None
+    """Weights to begin with: a saved model's folder, or a file of fastvitc, pycls, torchvision or timm. The head is
+    new where the number of classes is another one; the position embedding is interpolated for another size."""
+    freeze_stem: bool = False
+    """Leave the stem's weights and statistics as they are."""
     pool: Literal["token", "mean"] = "token"
     """What the head reads: the class token, or the mean of all tokens."""
     drop_path: Annotated[float, share()] = 0.0
@@ -96,6 +101,8 @@ class OptimisationSettings:
     """Highest learning rate. It is never scaled with the batch size."""
     weight_decay: Annotated[float, at_least(0)] = 0.05
     """Weight decay. Biases and norms have none."""
+    layer_decay: Annotated[float, share(zero=False)] = 1.0
+    """Each layer learns this many times as fast as the one above it; the stem is the lowest."""
     warmup_epochs: Annotated[float, at_least(0)] = 3.0
     """Linear rise from 0.1 of --lr over these epochs; then a half-cosine falls to 0.005 of it."""
     clip_grad: Annotated[float | None, above(0), _optional("FLOAT")] = None

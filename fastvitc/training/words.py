@@ -59,7 +59,12 @@ def introduction(parts: Parts, yardstick: Yardstick, folder: Path) -> list[str]:
         f"MFU: {yardstick.per_image / 1e9:.3g} GFLOP per training image (three times forward, a multiply-add is two), "
         f"as a share of {yardstick.peak / 1e12:.3g} TFLOP/s ({yardstick.source})",
         f"output: {folder}",
-    ]
+    ] + ([] if parts.new_head is None else [_beginning(parts)])
+
+
+def _beginning(parts: Parts) -> str:
+    head = "a new head" if parts.new_head else "their head"
+    return f"begins with the weights in {parts.settings.model.initial_checkpoint}, {head}"
 
 
 def explain_loader(loader: Loader, asked: LoaderKind) -> str:

@@ -135,3 +135,10 @@ def test_an_unknown_source_is_refused(tmp_path):
 def test_an_average_is_only_taken_from_pycls(tmp_path):
     with pytest.raises(UsageError, match="needs a pycls checkpoint"):
         cv.load(tmp_path / "model.pth", "timm", ema=True)
+
+
+@pytest.mark.parametrize("write", [None, *ROUTES])
+def test_the_names_in_a_file_tell_its_library(write, tmp_path):
+    state = state_of(CONV)
+    torch.save(state if write is None else ROUTES[write][0](state), tmp_path / "weights.pth")
+    assert_same(cv.load(tmp_path / "weights.pth"), state)

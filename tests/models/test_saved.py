@@ -6,9 +6,17 @@ import pytest
 import torch
 from messages import one_line_of
 
-from fastvitc import StemConfig, VisionTransformer, create_model
+from fastvitc import StemConfig, VisionTransformer, create_model, resize_pos_embed
 from fastvitc.models.config import preset
-from fastvitc.models.saved import CONFIG, WEIGHTS, load_model, load_weights, read_config, save_model
+from fastvitc.models.saved import (
+    CONFIG,
+    WEIGHTS,
+    begin_with,
+    load_model,
+    load_weights,
+    read_config,
+    save_model,
+)
 from fastvitc.models.stems import STEMS
 
 
@@ -143,3 +151,25 @@ def test_another_kind_of_stem_comes_back_as_itself(tmp_path, monkeypatch):
     assert type(load_model(tmp_path).config.stem) is OtherStem
     (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text().replace('"other"', '"unheard-of"'))
     assert "unheard-of" in one_line_of(load_model, tmp_path)
+
+
+def test_a_saved_model_loads_for_other_classes_and_another_size(tmp_path):
+    model = random_model(image_size=(32, 48))
+    save_model(tmp_path, model)
+    other = load_model(tmp_path, num_classes=5, image_size=(40, 64))
+    assert (other.config.num_classes, other.config.image_size) == (5, (40, 64))
+    assert other.head.weight.abs().sum() == 0
+    resized = resize_pos_embed(model.pos_embed, model.config.grid, other.config.grid)
+    assert torch.equal(other.pos_embed, resized)
+    assert torch.equal(other.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    features = load_model(tmp_path, num_classes=0)
+    image = torch.randn(1, 3, 32, 48)
+    assert torch.equal(features(image), model.eval().forward_features(image)[:, 0])
+
+
+def test_a_model_that_averages_tokens_begins_with_the_weights_of_one_with_a_class_token():
+    given = random_model()
+    model = create_model("vitc_nano", num_classes=3, pool="mean")
+    assert not begin_with(model, given.state_dict())
+    assert torch.equal(model.pos_embed, given.pos_embed[:, 1:])
+    assert torch.equal(model.head.weight, given.head.weight)

@@ -272,3 +272,15 @@ def test_the_model_compiles_as_one_graph_and_agrees_with_eager(backend):
         grads.append([p.grad.clone() for p in model.parameters()])
     for eager, graph in zip(*grads, strict=True):
         torch.testing.assert_close(eager, graph, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_stem_keeps_weights_and_statistics_in_training():
+    model = create_model("vitc_nano", num_classes=3)
+    torch.nn.init.normal_(model.head.weight)
+    model.stem.freeze()
+    before = {name: value.clone() for name, value in model.stem.state_dict().items()}
+    model.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(p.grad is None for p in model.stem.parameters())
+    assert model.class_token.grad.abs().sum() > 0
+    torch.testing.assert_close(dict(model.stem.state_dict()), before, rtol=0, atol=0)
+    assert model.blocks.training

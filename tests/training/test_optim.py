@@ -232,3 +232,22 @@ def test_the_same_number_of_epochs_changes_no_schedule():
     twice = PAPER.to_last(200, 30.0).to_last(150, 40.0)
     assert twice.changes == ((30.0, 200), (40.0, 150))
     assert twice.at(150) == pytest.approx(PAPER.end_factor)
+
+
+def test_each_layer_below_the_head_learns_slower_than_the_one_above_it():
+    with torch.device("meta"):
+        model = VisionTransformer(replace(preset("vitc_nano"), depth=3))
+    (optimizer,) = create_optimizers(model, "sgd", lr=0.8, weight_decay=0.1, layer_decay=0.5)
+    rates = {p: group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert {rates[p] for part in (model.norm, model.head) for p in part.parameters()} == {0.8}
+    assert [{rates[p] for p in block.parameters()} for block in model.blocks] == [{0.1}, {0.2}, {0.4}]
+    lowest = (*model.stem.parameters(), model.class_token, model.pos_embed)
+    assert {rates[p] for p in lowest} == {0.05}
+
+
+def test_parameters_that_are_not_trained_are_in_no_group():
+    model = VisionTransformer(replace(preset("vitc_nano"), depth=1))
+    model.stem.freeze()
+    grouped = {p for group in parameter_groups(model, 0.1) for p in group["params"]}
+    assert grouped == set(model.parameters()) - set(model.stem.parameters())

@@ -18,10 +18,19 @@ class ImageStem(nn.Module):
 
     def __init__(self, in_chans: int) -> None:
         super().__init__()
+        self._frozen = False
         if in_chans == len(IMAGENET_MEAN):
             mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
             self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
             self.register_buffer("pixel_shift", -mean / std, persistent=False)
+
+    def freeze(self) -> None:
+        """Hold the weights and the norms' statistics still from now on, whatever `train` says."""
+        self._frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "ImageStem":
+        return super().train(mode and not self._frozen)
 
     def pixels(self, image: Tensor, mix: Tensor | None) -> Pixels:
         """How `image` becomes the first layer's input: a uint8 one is (image/255 − mean)/std; `mix` (5,) or None."""
