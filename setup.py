@@ -56,7 +56,7 @@ setup(
         "xformers": xformers,
         "timm": peers,
         "wandb": wandb,
-        "bench": [*peers, *runtimes],
+        "bench": [*peers, *runtimes, "fonttools>=4.50"],
         "test": test,
         "dev": [*test, "ruff>=0.9", "build>=1.2"],
     },
