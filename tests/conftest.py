@@ -1,4 +1,5 @@
 import os
+import shutil
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +12,7 @@ else:
 
 import pytest
 
+from fastvitc.data import digits_folder
 from fastvitc.files import cache_folder
 from fastvitc.kernels.cpu.build import no_native
 
@@ -99,3 +101,16 @@ def kernel_device():
     """Tensors are made where Triton's kernels run: on the GPU, or for its interpreter on the CPU."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         yield
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """Three classes of digits, 20 training and 5 validation images each."""
+    source = digits_folder(tmp_path_factory.mktemp("cache"))
+    target = tmp_path_factory.mktemp("digits")
+    for split, count in (("train", 20), ("val", 5)):
+        for digit in "012":
+            (target / split / digit).mkdir(parents=True)
+            for path in sorted((source / split / digit).iterdir())[:count]:
+                shutil.copy(path, target / split / digit)
+    return target

@@ -1,23 +1,7 @@
-import shutil
 import sys
 
 import pytest
 from running import SMALL, program
-
-from fastvitc.data import digits_folder
-
-
-@pytest.fixture(scope="session")
-def few_digits(tmp_path_factory):
-    """Three classes of digits, 20 training and 5 validation images each."""
-    source = digits_folder(tmp_path_factory.mktemp("cache"))
-    target = tmp_path_factory.mktemp("digits")
-    for split, count in (("train", 20), ("val", 5)):
-        for digit in "012":
-            (target / split / digit).mkdir(parents=True)
-            for path in sorted((source / split / digit).iterdir())[:count]:
-                shutil.copy(path, target / split / digit)
-    return target
 
 
 @pytest.fixture
