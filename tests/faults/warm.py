@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
@@ -31,12 +33,19 @@ def start(
         network: the name of a network namespace to run in.
     """
     context = multiprocessing.get_context("forkserver")
+    _end_foreign_server()
     context.set_forkserver_preload(_IMPORTED)
     process = context.Process(target=_run, args=([*args], {**env}, str(out), network))
     preloaded = {} if preload is None else {"LD_PRELOAD": str(preload)}
     with patch.dict(os.environ, {**env, **preloaded}, clear=True):
         process.start()
     return process
+
+
+@cache
+def _end_foreign_server() -> None:
+    """Another test may have begun a server that has imported nothing and preloaded nothing."""
+    forkserver._forkserver._stop()
 
 
 def _run(args: list[str], env: dict[str, str], out: str, network: str | None) -> None:
