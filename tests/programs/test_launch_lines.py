@@ -94,6 +94,7 @@ def test_the_slurm_job_is_queued_again_until_the_run_is_done(launched, tmp_path)
             subprocess.run(["pkill", "-USR1", "-P", str(job.pid), "-f", "srun"], check=True)
             break
     _, err = job.communicate(timeout=100)
+    assert job.returncode == 75
     assert "stopped by SIGUSR1" in err, err
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     epoch = newest_state(tmp_path / "run")[1].epoch
@@ -101,6 +102,9 @@ def test_the_slurm_job_is_queued_again_until_the_run_is_done(launched, tmp_path)
     said = ended(slurm(launched, "--epochs", epoch + 1))
     assert "resumed in epoch" in said
     assert newest_state(tmp_path / "run")[1].epoch == epoch + 1
+    failed = slurm(launched, "--lr", 7)  # other settings than the run's
+    failed.communicate(timeout=100)
+    assert failed.returncode == 2
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
