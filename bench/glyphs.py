@@ -12,7 +12,6 @@ the letters of unseen fonts.
 import argparse
 import hashlib
 import logging
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,9 @@ from string import ascii_lowercase, ascii_uppercase, digits
 
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
+
+from fastvitc.errors import DataError
+from fastvitc.programs.command import run_command
 
 PACKAGES = (
     "fonts-3270 fonts-cardo fonts-clear-sans fonts-comic-neue fonts-hermit fonts-dkg-handwriting fonts-essays1743 "
@@ -56,23 +58,19 @@ CLASSES = (
 _FEW = 20  # families that are too few for two splits
 
 
-class PrepareError(Exception):
-    """The folder cannot be prepared; the message says why and what to do."""
-
-
 def prepare(fonts: Path, out: Path, size: int) -> dict[str, int]:
     """Draw every character of every Latin font below `fonts` into `out/{train,val}/<class>/`; the images per split.
 
     size: side in pixels. `out` is complete or absent.
 
     Raises:
-        PrepareError: there are too few font families, or `out` exists.
+        DataError: there are too few font families, or `out` exists.
     """
     if out.exists():
-        raise PrepareError(f"{out} exists; remove it or choose another --out")
+        raise DataError(f"{out} exists; remove it or choose another --out")
     families = _families(fonts)
     if len(families) < _FEW:
-        raise PrepareError(
+        raise DataError(
             f"{fonts} has {len(families)} families of fonts with all letters and digits, at least {_FEW} are needed; "
             "apt-get install --no-install-recommends $(python -m bench.glyphs --packages)"
         )
@@ -142,7 +140,7 @@ def _draw(key: str, choices: int) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % choices
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
     parser.add_argument("--out", type=Path, help="folder to write; must not exist")
@@ -153,17 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.packages:
         print(PACKAGES)
-        return 0
+        return
     if args.out is None or args.size < 8:
         parser.error("--out is needed, and --size of at least 8")
-    try:
-        counts = prepare(args.fonts, args.out, args.size)
-    except PrepareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    counts = prepare(args.fonts, args.out, args.size)
     print(f"{args.out}: {counts['train']} training and {counts['val']} validation images")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("python -m bench.glyphs", main)
