@@ -22,7 +22,6 @@ test = [
     *peers,
     *runtimes,
     *dali,
-    *wandb,
 ]
 
 setup(

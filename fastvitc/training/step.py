@@ -64,7 +64,7 @@ class TrainStep:
         model: called with images and a mix or None; its parameters get the gradients.
         optimizers: over the model's parameters.
         process: this process; with several, DistributedDataParallel gives all the main one's weights and averages the
-            gradients during the last batch's backward pass (BatchNorm statistics are not shared).
+            gradients during the last batch's backward pass (only nn.SyncBatchNorm shares statistics).
         dtype: of autocast; float32 turns it off.
         label_smoothing: see `Objective`.
         accumulate: batches per optimiser step.

@@ -191,9 +191,8 @@ def chosen(
         UsageError: the mapping names an op that does not exist.
     """
     place = torch.device(device)
-    ops = {op: _OPS[op] for op in parsed(backend)}
     return {
-        op: ops[op].resolve(name, place, dtype, sharing=sharing and bool(ops[op].sharing))
+        op: _OPS[op].resolve(name, place, dtype, sharing=sharing and bool(_OPS[op].sharing))
         for op, name in parsed(backend).items()
     }
 
