@@ -7,7 +7,7 @@ To add a loader: a subclass of `Loader` in a module beside this one, its name in
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -145,6 +145,12 @@ class Loader(ABC):
     def seek(self, epoch: int, batch: int = 0) -> None:
         """Choose where the next iteration begins: an epoch (its order and its augmentation), and a batch of it."""
         self._epoch, self._first = epoch, batch
+
+    def resize(self, image_size: tuple[int, int]) -> None:
+        """Yield images of (height, width) pixels from the next iteration on."""
+        if image_size != self.config.image_size:
+            self.close()
+            self.config = replace(self.config, image_size=image_size)
 
     def close(self) -> None:  # noqa: B027 - not every loader holds anything
         """Release worker processes, threads and memory. Iterating again starts anew."""

@@ -72,6 +72,10 @@ class DaliLoader(Loader):
     def version(self) -> str:
         return f"DALI {nvidia.dali.__version__} on {self.config.device.type}"
 
+    def resize(self, image_size: tuple[int, int]) -> None:
+        super().resize(image_size)
+        self._source = _Source(self.config, self.bad)
+
     def close(self) -> None:
         self._pipeline = None
         self._source.close()

@@ -16,6 +16,14 @@ class SyntheticLoader(Loader):
 
     def __init__(self, config: LoaderConfig) -> None:
         super().__init__(config)
+        self._draw()
+
+    def resize(self, image_size: tuple[int, int]) -> None:
+        super().resize(image_size)
+        self._draw()
+
+    def _draw(self) -> None:
+        config = self.config
         generator = torch.Generator().manual_seed(config.seed + config.rank)
         shape = (config.batch_size, *config.image_size, 3)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)

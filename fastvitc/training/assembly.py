@@ -1,7 +1,7 @@
 """Puts a run together from its settings: data, model, optimisers, step and evaluation. Nothing is written here."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from fastvitc import convert
 from fastvitc.data import Augment, ImageIndex, Loader, LoaderConfig, create_loader
 from fastvitc.errors import UsageError
 from fastvitc.kernels import chosen
-from fastvitc.models.config import preset
+from fastvitc.models.config import as_size, check_image_size, preset
 from fastvitc.models.saved import WEIGHTS, begin_with, load_weights, model_folder
 from fastvitc.models.vit import VisionTransformer, create_model
 from fastvitc.training.evaluation import Evaluator
 from fastvitc.training.mix import Mixing
-from fastvitc.training.optim import ModelEma, Schedule, create_optimizers, paper_ema_rate
+from fastvitc.training.optim import ModelEma, create_optimizers, paper_ema_rate
 from fastvitc.training.process import Process
+from fastvitc.training.schedule import Curriculum, Schedule
 from fastvitc.training.settings import TrainSettings
 from fastvitc.training.state import RunState, on_host
 from fastvitc.training.step import TrainStep
@@ -48,6 +49,7 @@ class Parts:
     images_per_step: int
     optimizers: list[Optimizer]
     schedule: Schedule
+    curriculum: Curriculum
     mixing: Mixing
     step: TrainStep
     evaluate: Evaluator
@@ -87,6 +89,20 @@ class Parts:
             if isinstance(norm, nn.modules.batchnorm._BatchNorm)
         ]
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Give the training images of an epoch their size, and the model what it takes of them."""
+        progress = self.schedule.progress(epoch)
+        size = self.curriculum.size_at(progress)
+        self.train_loader.resize(size)
+        self.model.image_size = size
+        self.model.patch_drop = self.curriculum.patch_drop_at(progress)
+
+    def changes_at(self, epoch: int) -> bool:
+        """Whether the model meets other shapes than in the epoch before."""
+        before, now = self.schedule.progress(epoch - 1), self.schedule.progress(epoch)
+        c = self.curriculum
+        return (c.size_at(before), c.patch_drop_at(before)) != (c.size_at(now), c.patch_drop_at(now))
+
     def close(self) -> None:
         """Release the loaders' processes and threads."""
         self.train_loader.close()
@@ -119,6 +135,7 @@ def assemble(
         drop_path=s.model.drop_path,
         backend=backends,
         grad_checkpointing=s.model.grad_checkpointing,
+        init=s.model.init,
     ).to(process.device, memory_format=torch.channels_last)
     new_head = None
     if s.model.initial_checkpoint is not None and state is None:
@@ -139,11 +156,18 @@ def assemble(
         )
     images_per_step = o.batch_size * o.grad_accum_steps * process.world_size
     optimizers = create_optimizers(
-        model, o.opt, lr=o.lr, weight_decay=o.weight_decay, layer_decay=o.layer_decay
+        model,
+        o.opt,
+        lr=o.lr,
+        weight_decay=o.weight_decay,
+        layer_decay=o.layer_decay,
+        betas=o.opt_betas,
+        eps=o.opt_eps,
+        momentum=o.momentum,
     )
     ema = _ema(s, model, steps, images_per_step) if o.model_ema else None
     data = _data_digest(train, val, train_loader, s, process.world_size)
-    schedule = Schedule(o.epochs, o.warmup_epochs)
+    schedule = _schedule(s)
     if state is not None:
         if state.data != data and not s.run.resume_anyway:
             raise UsageError(
@@ -152,7 +176,7 @@ def assemble(
             )
         (_, first), *changes = state.lengths
         now = state.epoch + (state.step / steps if state.data == data else 0.0)
-        schedule = Schedule(first, o.warmup_epochs, changes=tuple((a, b) for a, b in changes))
+        schedule = replace(schedule, epochs=first, changes=tuple((a, b) for a, b in changes))
         schedule = schedule.to_last(o.epochs, now)
     step = TrainStep(
         model,
@@ -180,6 +204,7 @@ def assemble(
         images_per_step=images_per_step,
         optimizers=optimizers,
         schedule=schedule,
+        curriculum=_curriculum(s, model),
         mixing=Mixing(o.mixup, o.cutmix),
         step=step,
         evaluate=Evaluator(
@@ -192,6 +217,27 @@ def assemble(
         data=data,
         new_head=new_head,
     )
+
+
+def _schedule(settings: TrainSettings) -> Schedule:
+    o = settings.optimisation
+    return Schedule(
+        o.epochs,
+        o.warmup_epochs,
+        0.1 if o.warmup_lr is None else o.warmup_lr / o.lr,
+        0.005 if o.min_lr is None else o.min_lr / o.lr,
+        o.sched,
+        o.decay_share,
+        o.cooldown_epochs,
+    )
+
+
+def _curriculum(settings: TrainSettings, model: VisionTransformer) -> Curriculum:
+    data, m = settings.data, settings.model
+    low_res = None if data.low_res is None else as_size(data.low_res)
+    if low_res is not None:
+        check_image_size(low_res, model.config.stem.stride)
+    return Curriculum(model.config.image_size, low_res, data.low_res_until, m.patch_drop, m.patch_drop_until)
 
 
 def _initial_weights(path: Path) -> dict[str, Tensor]:

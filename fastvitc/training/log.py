@@ -102,7 +102,8 @@ class RunLog:
         if self._begun <= (row.epoch - 1, 0):  # a whole one
             self._forecast(row.seconds)
         graphs = compiled_graphs()
-        if self._graphs is not None and graphs > self._graphs:
+        expected = self._parts.changes_at(row.epoch - 1)
+        if self._graphs is not None and graphs > self._graphs and not expected:
             self._line(f"warning: {graphs - self._graphs} graphs were compiled anew in epoch {row.epoch}")
         self._graphs = graphs if self._stepped else None
 

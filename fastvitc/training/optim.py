@@ -1,18 +1,16 @@
-"""Parameter groups, optimisers, the learning-rate schedule and the moving average of the weights."""
+"""Parameter groups, optimisers and the moving average of the weights."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from math import cos, pi
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from fastvitc.errors import UsageError
 
-OptimizerName = Literal["adamw", "sgd"]
+OptimizerName = Literal["adamw", "sgd", "muon"]
 
 
 def parameter_groups(
@@ -54,19 +52,52 @@ def _below_the_head(model: nn.Module) -> dict[str, int]:
 
 
 def create_optimizers(
-    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    name: OptimizerName,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
 ) -> list[Optimizer]:
-    """AdamW (betas 0.9, 0.999) or SGD (Nesterov momentum 0.9), PyTorch's fused form, on `parameter_groups`.
+    """The optimisers of `parameter_groups`, in PyTorch's fused form where there is one.
 
-    A list, so that an optimiser for some parameters can stand beside one for the rest. Each group keeps its highest
-    rate as `initial_lr`; `set_rates` takes a share of it.
+    Each group keeps its highest rate as `initial_lr`; `set_rates` takes a share of it.
+
+    Args:
+        name: "adamw", with `betas` and `eps`; "sgd", Nesterov's, with `momentum`; or "muon" (Jordan et al. 2024), with
+            `momentum`, for the matrices of the blocks, and AdamW for the rest. Muon's updates are scaled to those of
+            AdamW (Liu et al. 2025, equation 4), so both take the same learning rate and weight decay.
+
+    Raises:
+        UsageError: another name.
     """
     groups = parameter_groups(model, weight_decay, lr=lr, layer_decay=layer_decay)
     if name == "adamw":
-        return [AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)]
+        return [AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
     if name == "sgd":
-        return [SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)]
-    raise UsageError(f'opt must be "adamw" or "sgd", got {name!r}')
+        return [SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)]
+    if name == "muon":
+        in_blocks = {
+            id(matrix) for matrix in getattr(model, "blocks", nn.Module()).parameters() if matrix.ndim == 2
+        }
+        matrices = _part_of(groups, in_blocks.__contains__)
+        rest = _part_of(groups, lambda parameter: parameter not in in_blocks)
+        if not matrices:
+            raise UsageError(
+                "muon is for the matrices of a model's blocks, and none of them is trained; use adamw"
+            )
+        muon = Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        return [muon, AdamW(rest, lr=lr, betas=betas, eps=eps, fused=True)]
+    raise UsageError(f"opt must be one of {', '.join(get_args(OptimizerName))}, got {name!r}")
+
+
+def _part_of(groups: Sequence[dict], wanted: Callable[[int], bool]) -> list[dict]:
+    """The groups with those of their parameters that are wanted, by their identity."""
+    parts = [{**group, "params": [p for p in group["params"] if wanted(id(p))]} for group in groups]
+    return [part for part in parts if part["params"]]
 
 
 def set_rates(optimizers: Sequence[Optimizer], share: float) -> None:
@@ -74,48 +105,6 @@ def set_rates(optimizers: Sequence[Optimizer], share: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = share * group["initial_lr"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a share of the highest: half-cosine from 1 to `end_factor`, times a linear warm-up from
-    `warmup_factor` (paper, section 4).
-
-    Attributes:
-        epochs: of the run, as planned at its begin.
-        changes: (epoch, epochs): from that epoch on the run was to have so many epochs. The rate goes on from where it
-            was, and its fall ends with the run.
-    """
-
-    epochs: float
-    warmup_epochs: float = 5.0
-    warmup_factor: float = 0.1
-    end_factor: float = 0.005
-    changes: tuple[tuple[float, float], ...] = ()
-
-    def at(self, epoch: float) -> float:
-        """The share at a (fractional) epoch."""
-        half_cosine = 0.5 * (1.0 + cos(pi * self._progress(epoch)))
-        share = self.end_factor + (1.0 - self.end_factor) * half_cosine
-        if epoch < self.warmup_epochs:
-            progress = epoch / self.warmup_epochs
-            share *= self.warmup_factor + (1.0 - self.warmup_factor) * progress
-        return share
-
-    def to_last(self, epochs: float, now: float) -> "Schedule":
-        """This schedule for a run that is at the epoch `now` and is to have so many epochs."""
-        planned = self.changes[-1][1] if self.changes else self.epochs
-        return self if epochs == planned else replace(self, changes=(*self.changes, (now, epochs)))
-
-    def _progress(self, epoch: float) -> float:
-        """How far the fall has come, from 0 to 1."""
-        progress = 0.0
-        plans = [(0.0, self.epochs), *self.changes]
-        for (start, end), (until, _) in zip(plans, [*self.changes, (epoch, 0.0)], strict=True):
-            here = min(until, epoch) - start
-            share = 1.0 if here >= end - start else max(here / (end - start), 0.0)
-            progress += (1.0 - progress) * share
-        return progress
 
 
 class ModelEma:

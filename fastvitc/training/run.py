@@ -104,6 +104,7 @@ class Run:
         self._train_epoch(log)
         train_loss = self._check_finite()
         images_per_second, data_wait = self._meter.rates()
+        mfu = log.mfu(images_per_second)
         accuracy = self._evaluate()
         row = EpochRow(
             epoch=self.epoch + 1,
@@ -114,7 +115,7 @@ class Run:
             lr=self._rate(),
             images_per_second=images_per_second,
             data_wait=data_wait,
-            mfu=log.mfu(images_per_second),
+            mfu=mfu,
             seconds=time.perf_counter() - start,
         )
         if not self._skipped.intersection(range(self._done - parts.steps, self._done)):
@@ -132,6 +133,7 @@ class Run:
         """The steps of an epoch that are left."""
         parts, log_every = self.parts, self.parts.settings.run.log_every
         accumulate = parts.settings.optimisation.grad_accum_steps
+        parts.begin_epoch(self.epoch)
         parts.train_loader.seek(self.epoch, self.step * accumulate)
         log.start_epoch(self.epoch, self.step)
         batches = iter(parts.train_loader)
@@ -181,8 +183,10 @@ class Run:
     def _evaluate(self) -> Accuracy:
         parts, o = self.parts, self.parts.settings.optimisation
         before = self._state()  # what follows changes running statistics
+        parts.model.image_size = parts.curriculum.size
         if o.precise_bn:
             count = max(1, o.precise_bn // (o.batch_size * parts.process.world_size))
+            parts.train_loader.resize(parts.curriculum.size)
             parts.train_loader.seek(self.epoch)
             precise_batch_norm(parts.evaluated, islice(parts.train_loader, count), dtype=parts.dtype)
         for model in dict.fromkeys((parts.model, parts.evaluated)):  # in the same order on every process
@@ -231,7 +235,7 @@ class Run:
         if not parts.mixing.enabled:
             return None
         seed = parts.settings.machine.seed, parts.process.rank, batch
-        mix = parts.mixing.sample(parts.model.config.image_size, seed)
+        mix = parts.mixing.sample(parts.model.image_size, seed)
         return mix.to(parts.process.device, non_blocking=True)
 
     def _rate(self) -> float:

@@ -11,8 +11,10 @@ import tyro
 from fastvitc.data import LoaderKind, PolicyName
 from fastvitc.errors import UsageError
 from fastvitc.models.config import as_size, preset
+from fastvitc.models.vit import Init
 from fastvitc.ranges import Ascending, OneOrTwo, above, at_least, check_ranges, share
 from fastvitc.training.optim import OptimizerName
+from fastvitc.training.schedule import SchedName
 from fastvitc.tuning.machine import Precision, can_compile, fast_precision
 
 Recipe = Literal[
@@ -44,6 +46,10 @@ class DataSettings:
     """Processes or threads that decode. Default: all of this process's cores beside a GPU, else a quarter."""
     image_size: ImageSize = None
     """Size of the images in pixels. Default: the model's."""
+    low_res: ImageSize = None
+    """Size of the training images until --low-res-until; the position embedding is interpolated. Default: none."""
+    low_res_until: Annotated[float, share()] = 0.6
+    """Share of the run until which the training images have the size --low-res."""
     crop_scale: Annotated[tuple[float, float], share(zero=False), Ascending()] = (0.35, 1.0)
     """A random crop takes a share of the image's area between these two."""
     crop_aspect: Annotated[tuple[float, float], above(0), Ascending()] = (3 / 4, 4 / 3)
@@ -71,12 +77,18 @@ class ModelSettings:
     initial_checkpoint: Annotated[str | None, _optional("FILE | DIR")] = None
     """Weights to begin with: a saved model's folder, or a file of fastvitc, pycls, torchvision or timm. The head is
     new where the number of classes is another one; the position embedding is interpolated for another size."""
+    init: Init = "paper"
+    """How a new model begins: as in the paper's code, with a head of zeros, or with a drawn head."""
     freeze_stem: bool = False
     """Leave the stem's weights and statistics as they are."""
     pool: Literal["token", "mean"] = "token"
     """What the head reads: the class token, or the mean of all tokens."""
     drop_path: Annotated[float, share()] = 0.0
     """Rate of stochastic depth in the last block. It rises linearly from 0 in the first."""
+    patch_drop: Annotated[float, share()] = 0.0
+    """Share of the patches that training leaves out after the stem, drawn anew for each image."""
+    patch_drop_until: Annotated[float, share()] = 1.0
+    """Share of the run until which patches are left out."""
     backend: Annotated[str, tyro.conf.arg(metavar="NAME | OP=NAME,...")] = "auto"
     """What the ops run on, see fastvitc-info. auto takes what was measured fastest; a new GPU is measured first."""
     grad_checkpointing: bool = False
@@ -96,15 +108,31 @@ class OptimisationSettings:
     grad_accum_steps: Annotated[int, at_least(1)] = 1
     """Batches of an optimiser step."""
     opt: OptimizerName = "adamw"
-    """Optimiser, in PyTorch's fused form."""
+    """Optimiser. muon: for the blocks' matrices, and AdamW for the rest."""
+    opt_betas: Annotated[tuple[float, float], share()] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's mean and of its square."""
+    opt_eps: Annotated[float, above(0)] = 1e-8
+    """AdamW's epsilon."""
+    momentum: Annotated[float, share()] = 0.9
+    """Momentum of SGD and Muon."""
     lr: Annotated[float, above(0)] = 1e-3
     """Highest learning rate. It is never scaled with the batch size."""
     weight_decay: Annotated[float, at_least(0)] = 0.05
     """Weight decay. Biases and norms have none."""
     layer_decay: Annotated[float, share(zero=False)] = 1.0
     """Each layer learns this many times as fast as the one above it; the stem is the lowest."""
+    sched: SchedName = "cosine"
+    """The learning rate's fall: a half-cosine over the run, or wsd, which falls in the run's last part alone."""
+    decay_share: Annotated[float, share(zero=False)] = 0.2
+    """Share of the run in which wsd falls."""
     warmup_epochs: Annotated[float, at_least(0)] = 3.0
-    """Linear rise from 0.1 of --lr over these epochs; then a half-cosine falls to 0.005 of it."""
+    """Linear rise of the learning rate over these epochs."""
+    warmup_lr: Annotated[float | None, at_least(0), _optional("FLOAT")] = None
+    """Learning rate at the start of the rise. Default: 0.1 of --lr."""
+    min_lr: Annotated[float | None, at_least(0), _optional("FLOAT")] = None
+    """Learning rate at the end of the fall. Default: 0.005 of --lr."""
+    cooldown_epochs: Annotated[float, at_least(0)] = 0.0
+    """The last so many of --epochs have the lowest learning rate."""
     clip_grad: Annotated[float | None, above(0), _optional("FLOAT")] = None
     """Largest norm of the gradient. Default: any."""
     smoothing: Annotated[float, share()] = 0.1

@@ -7,6 +7,7 @@ import torch
 
 from fastvitc.data import Loader, LoaderKind, choose_loader
 from fastvitc.models.complexity import complexity
+from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.assembly import Parts
 from fastvitc.training.process import Process
 from fastvitc.tuning.machine import describe, flops_peak, versions
@@ -19,12 +20,17 @@ class Yardstick:
     Attributes:
         peak: floating-point operations per second of all processes' devices; a multiply-add is two.
         source: where the peak comes from.
-        per_image: floating-point operations of training on one image, counted alike: three times the forward pass.
+        model: whose operations are counted: three times those of the forward pass, at the size of its images now.
     """
 
     peak: float
     source: str
-    per_image: float
+    model: VisionTransformer
+
+    @property
+    def per_image(self) -> float:
+        """Floating-point operations of training on one image, counted alike; patches left out count as computed."""
+        return 3 * 2 * complexity(self.model, self.model.image_size).flops
 
     def share(self, images_per_second: float) -> float:
         """The MFU at a rate over all processes."""
@@ -38,7 +44,7 @@ def yardstick(parts: Parts) -> Yardstick:
         peak, source = given * 1e12, "as given"
     else:
         peak, source = flops_peak(parts.process.device, parts.dtype)
-    return Yardstick(peak * parts.process.world_size, source, 3 * 2 * complexity(parts.model).flops)
+    return Yardstick(peak * parts.process.world_size, source, parts.model)
 
 
 def introduction(parts: Parts, yardstick: Yardstick, folder: Path) -> list[str]:

@@ -145,6 +145,17 @@ def test_a_closed_loader_starts_anew(kind, photos):
 
 
 @pytest.mark.parametrize("kind", ALL)
+def test_a_loader_of_another_size_is_as_one_made_with_it(kind, photos):
+    loader = load(kind, photos, augment=Augment(policy="autoaugment"))
+    whole = pixels(loader)
+    loader.resize((24, 40))
+    small = load(kind, photos, augment=Augment(policy="autoaugment"), image_size=(24, 40))
+    assert torch.equal(pixels(loader), pixels(small))
+    loader.resize(tuple(whole.shape[2:]))
+    assert torch.equal(pixels(loader), whole)
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_loaders_leave_the_global_random_states_alone(kind, photos):
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     pixels(load(kind, photos, augment=Augment(policy="autoaugment")))

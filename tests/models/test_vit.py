@@ -15,6 +15,7 @@ from fastvitc import (
     list_models,
     resize_pos_embed,
 )
+from fastvitc.errors import UsageError
 from fastvitc.models.config import preset
 from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
 
@@ -93,6 +94,41 @@ def test_another_image_size_than_the_models_is_refused():
         model(torch.zeros(1, 3, 40, 32))
 
 
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_images_of_another_size_are_taken_with_interpolated_positions(pool):
+    model = randomised(create_model("vitc_nano", num_classes=3, pool=pool)).eval()
+    other = create_model("vitc_nano", num_classes=3, pool=pool, image_size=(16, 40)).eval()
+    positions = resize_pos_embed(model.pos_embed, (4, 4), (2, 5), int(pool == "token"))
+    other.load_state_dict({**model.state_dict(), "pos_embed": positions})
+    image = torch.randn(2, 3, 16, 40)
+    model.image_size = (16, 40)
+    torch.testing.assert_close(model(image), other(image))
+    model(image).sum().backward()
+    assert model.pos_embed.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(("pool", "kept"), [("token", 1 + 4), ("mean", 4)])
+def test_training_leaves_out_patches_and_keeps_the_class_token(pool, kept, monkeypatch):
+    model = randomised(create_model("vitc_nano", num_classes=3, pool=pool))
+    model.patch_drop = 0.75
+    image, (block, *_) = torch.randn(2, 3, 32, 32), model.blocks
+    tokens = model.stem(image, model.class_token, model.pos_embed)
+    seen = []
+    block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for training in (True, True, False):
+        model.train(training)(image)
+    first, second, whole = seen
+    assert first.shape[1] == second.shape[1] == kept
+    assert whole.shape[1] == tokens.shape[1]
+    for part in (first, second):
+        distance = torch.cdist(part, tokens)
+        assert (distance.min(2).values < 1e-3).all()
+        assert all(len(places.unique()) == kept for places in distance.argmin(2))
+    assert not torch.allclose(first, second)
+    if pool == "token":
+        torch.testing.assert_close(first[:, 0], tokens[:, 0])
+
+
 def test_no_classes_gives_pooled_features():
     model = create_model("vitc_nano", num_classes=0).eval()
     image = torch.randn(2, 3, 32, 32)
@@ -163,6 +199,21 @@ def test_initialisation_is_the_papers():
     zeros += [block.attn.qkv.bias, block.attn.proj.bias]
     assert all(not tensor.any() for tensor in zeros)
     assert (model.norm.eps, model.stem.norms[0].eps, model.stem.norms[0].momentum) == (1e-6, 1e-5, 0.1)
+
+
+def test_a_drawn_head_changes_the_head_alone():
+    models = []
+    for init in ("paper", "drawn_head"):
+        torch.manual_seed(3)
+        models.append(create_model("vitc_1gf", init=init).state_dict())
+    paper, drawn = models
+    assert [key for key in paper if not torch.equal(paper[key], drawn[key])] == ["head.weight"]
+    assert_normal(drawn["head.weight"], 0.02)
+
+
+def test_an_unknown_init_is_refused():
+    with pytest.raises(UsageError, match="no init 'timm'; choose among paper, drawn_head"):
+        create_model("vitc_nano", init="timm")
 
 
 def test_the_patchify_stem_starts_truncated_at_two_deviations_of_its_fan_in():

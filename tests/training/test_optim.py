@@ -11,12 +11,12 @@ from fastvitc.errors import UsageError
 from fastvitc.models.config import preset
 from fastvitc.training.optim import (
     ModelEma,
-    Schedule,
     create_optimizers,
     paper_ema_rate,
     parameter_groups,
     set_rates,
 )
+from fastvitc.training.schedule import Schedule
 
 PAPER = Schedule(epochs=100, warmup_epochs=5.0)
 
@@ -125,8 +125,36 @@ def test_three_fused_steps_equal_the_update_by_hand(name, by_hand):
         torch.testing.assert_close(layer.get_parameter(n).data, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = VisionTransformer(replace(preset("vitc_nano"), depth=2))
+    muon, adamw = create_optimizers(model, "muon", lr=0.1, weight_decay=0.3, layer_decay=0.5, momentum=0.8)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = [[names[id(p)] for group in o.param_groups for p in group["params"]] for o in (muon, adamw)]
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert sorted(taken[0]) == sorted(f"blocks.{i}.{part}.weight" for i in range(2) for part in parts)
+    assert sorted(taken[0] + taken[1]) == sorted(names.values())
+    rates = [[group["initial_lr"] for group in o.param_groups] for o in (muon, adamw)]
+    assert sorted(rates[0]) == [0.1 * 0.25, 0.1 * 0.5]
+    assert min(rates[1]) == 0.1 * 0.125
+    assert {group["momentum"] for group in muon.param_groups} == {0.8}
+
+
+def test_muon_refuses_a_model_without_blocks():
+    with pytest.raises(UsageError, match="matrices of a model's blocks"):
+        create_optimizers(nn.Linear(3, 2), "muon", lr=1.0, weight_decay=0.0)
+
+
+def test_betas_epsilon_and_momentum_reach_the_optimiser():
+    (adamw,) = create_optimizers(
+        nn.Linear(3, 2), "adamw", lr=1.0, weight_decay=0.0, betas=(0.8, 0.9), eps=1e-3
+    )
+    assert {(g["betas"], g["eps"]) for g in adamw.param_groups} == {((0.8, 0.9), 1e-3)}
+    (sgd,) = create_optimizers(nn.Linear(3, 2), "sgd", lr=1.0, weight_decay=0.0, momentum=0.0)
+    assert {(g["momentum"], g["nesterov"]) for g in sgd.param_groups} == {(0.0, False)}
+
+
 def test_an_unknown_optimiser_is_refused():
-    with pytest.raises(UsageError, match='"adamw" or "sgd", got \'lamb\''):
+    with pytest.raises(UsageError, match="one of adamw, sgd, muon, got 'lamb'"):
         create_optimizers(nn.Linear(1, 1), "lamb", lr=1.0, weight_decay=0.0)
 
 

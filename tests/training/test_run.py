@@ -9,6 +9,7 @@ import torch
 from fastvitc.data import synthetic_index
 from fastvitc.errors import FastvitcError, Interrupted, UsageError
 from fastvitc.models.saved import load_model
+from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.assembly import assemble
 from fastvitc.training.folder import RunFolder
 from fastvitc.training.interrupts import Interrupts
@@ -136,6 +137,12 @@ EVERYTHING = {
     "grad_accum_steps": 2,
     "drop_path": 0.2,
     "precise_bn": 8,
+    "opt": "muon",
+    "sched": "wsd",
+    "init": "drawn_head",
+    "low_res": (16,),
+    "patch_drop": 0.5,
+    "patch_drop_until": 0.3,
 }
 
 
@@ -163,7 +170,7 @@ def test_a_run_that_was_cut_after_any_step_goes_on_bit_for_bit(cut, precision, e
     assert_equal(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
     whole, again = (newest_state(tmp_path / name)[1] for name in ("whole", "cut"))
     assert_equal(again.model, whole.model)
-    assert_equal(again.optimizers[0]["state"], whole.optimizers[0]["state"])
+    assert_equal([o["state"] for o in again.optimizers], [o["state"] for o in whole.optimizers])
     times = ("seconds", "images_per_second", "data_wait", "mfu")
     rows = [[{k: v for k, v in row.items() if k not in times} for row in s.rows] for s in (whole, again)]
     assert rows[0] == rows[1]
@@ -261,3 +268,24 @@ def test_a_run_that_went_on_from_an_older_state_keeps_its_own(tmp_path):
     held.save_state(back)
     held.close()
     assert state_files(tmp_path / "other") == [back.file_in(tmp_path / "other")]
+
+
+def test_images_are_small_until_their_share_of_the_run_and_evaluated_at_full_size(tmp_path, monkeypatch):
+    seen, forward = [], VisionTransformer.forward
+
+    def noted(model, image, mix=None):
+        seen.append((model.training, image.shape[2:], model.patch_drop))
+        return forward(model, image, mix)
+
+    monkeypatch.setattr(VisionTransformer, "forward", noted)
+    run_in(tmp_path, low_res=(16, 24), low_res_until=0.5, patch_drop=0.25, patch_drop_until=0.6, epochs=3)
+    small, large = (True, (16, 24), 0.25), (True, (32, 32), 0.0)
+    full = (True, (32, 32), 0.25)
+    assert [pass_ for pass_ in seen if pass_[0]] == 4 * [small] + 2 * [large]
+    assert full not in seen
+    assert {size for training, size, _ in seen if not training} == {(32, 32)}
+
+
+def test_a_low_resolution_that_is_no_multiple_of_the_stride_is_refused():
+    with pytest.raises(UsageError, match="multiples of the stem's stride 8"):
+        parts_of(low_res=(20,))

@@ -10,7 +10,6 @@ from fastvitc.training.assembly import assemble
 from fastvitc.training.process import Process
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.words import (
-    Yardstick,
     duration,
     explain_loader,
     introduction,
@@ -36,10 +35,6 @@ def test_a_time_is_told_in_its_two_largest_units(seconds, words):
     assert duration(seconds) == words
 
 
-def test_an_mfu_is_the_share_of_the_peak():
-    assert Yardstick(peak=1e12, source="", per_image=2e9).share(100.0) == pytest.approx(0.2)
-
-
 @pytest.fixture(scope="module")
 def parts():
     settings = recipe_settings("digits").changed(
@@ -53,6 +48,18 @@ def test_training_counts_as_three_forward_passes_with_a_multiply_add_as_two(part
     found = yardstick(parts)
     assert (found.peak, found.source) == (2e12, "as given")
     assert found.per_image == 6 * complexity(parts.model).flops
+    assert found.share(100.0) == pytest.approx(100.0 * found.per_image / 2e12)
+
+
+def test_smaller_images_count_as_the_work_that_they_are(parts):
+    parts.model.image_size = (16, 16)
+    try:
+        assert (
+            yardstick(parts).per_image
+            == 6 * complexity(replace(parts.model.config, image_size=(16, 16))).flops
+        )
+    finally:
+        parts.model.image_size = parts.model.config.image_size
 
 
 def test_the_log_opens_with_model_device_ops_data_recipe_and_yardstick(parts, tmp_path):
