@@ -19,22 +19,29 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Range(Rule):
-    """Finite numbers from `low` to `high`; `low` itself only without `above`. Of a tuple each number must be inside."""
+    """Finite numbers from `low` to `high`, without `low` itself if `above`, without `high` itself if `below`.
+
+    Of a tuple each number must be inside.
+    """
 
     low: float
     high: float = inf
     above: bool = False
+    below: bool = False
 
     def holds(self, value: Any) -> bool:
         return all(map(self._inside, value if isinstance(value, tuple) else (value,)))
 
     def _inside(self, number: float) -> bool:
         least = number > self.low if self.above else number >= self.low
-        return least and number <= self.high and number < inf
+        most = number < self.high if self.below else number <= self.high
+        return least and most and number < inf
 
     def __str__(self) -> str:
         if self.high == inf:
             return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.below:
+            return f"at least {self.low:g} and below {self.high:g}"
         if self.above:
             return f"above {self.low:g} and at most {self.high:g}"
         return f"from {self.low:g} to {self.high:g}"
@@ -70,9 +77,9 @@ def above(low: float) -> Range:
     return Range(low, above=True)
 
 
-def share(*, zero: bool = True) -> Range:
-    """Numbers from 0 to 1; without `zero` those above 0."""
-    return Range(0, 1, above=not zero)
+def share(*, zero: bool = True, one: bool = True) -> Range:
+    """Numbers from 0 to 1; without `zero` those above 0, without `one` those below 1."""
+    return Range(0, 1, above=not zero, below=not one)
 
 
 def check_ranges(settings: object, *, flags: bool = False) -> None:

@@ -85,7 +85,7 @@ class ModelSettings:
     """What the head reads: the class token, or the mean of all tokens."""
     drop_path: Annotated[float, share()] = 0.0
     """Rate of stochastic depth in the last block. It rises linearly from 0 in the first."""
-    patch_drop: Annotated[float, share()] = 0.0
+    patch_drop: Annotated[float, share(one=False)] = 0.0
     """Share of the patches that training leaves out after the stem, drawn anew for each image."""
     patch_drop_until: Annotated[float, share()] = 1.0
     """Share of the run until which patches are left out."""
@@ -109,11 +109,11 @@ class OptimisationSettings:
     """Batches of an optimiser step."""
     opt: OptimizerName = "adamw"
     """Optimiser. muon: for the blocks' matrices, and AdamW for the rest."""
-    opt_betas: Annotated[tuple[float, float], share()] = (0.9, 0.999)
+    opt_betas: Annotated[tuple[float, float], share(one=False)] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's mean and of its square."""
     opt_eps: Annotated[float, above(0)] = 1e-8
     """AdamW's epsilon."""
-    momentum: Annotated[float, share()] = 0.9
+    momentum: Annotated[float, share(one=False)] = 0.9
     """Momentum of SGD and Muon."""
     lr: Annotated[float, above(0)] = 1e-3
     """Highest learning rate. It is never scaled with the batch size."""

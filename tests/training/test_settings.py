@@ -233,6 +233,14 @@ OUT_OF_RANGE = {
     "crop_scale": [(0, 1), (0.5, 0.4), (0.5, 1.1), (nan, 1)],
     "crop_aspect": [(0, 1), (2, 1), (1, nan)],
     "image_size": [(1, 2, 3), ()],
+    "low_res": [(1, 2, 3), (0,)],
+    "low_res_until": [-0.1, 1.1],
+    "patch_drop": [-0.1, 1],
+    "opt_betas": [(0.9, 1), (-0.1, 0.9)],
+    "momentum": [-0.1, 1],
+    "decay_share": [0, 1.1],
+    "cooldown_epochs": [-1, nan],
+    "min_lr": [-1e-9, nan],
 }
 
 
