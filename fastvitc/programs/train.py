@@ -28,7 +28,7 @@ from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.run import Run
 from fastvitc.training.settings import Recipe, TrainSettings
 from fastvitc.training.state import RunState, newest_state, trained_states
-from fastvitc.tuning.machine import PRECISIONS, describe
+from fastvitc.tuning.machine import PRECISIONS, can_compile, describe
 from fastvitc.tuning.measure import Setting
 from fastvitc.tuning.tune import measures_at_start, table, tune, unmeasured
 
@@ -163,7 +163,7 @@ def _measure(settings: TrainSettings, device: torch.device) -> None:
         settings.optimisation.batch_size,
         PRECISIONS[settings.machine.precision],
         device,
-        settings.machine.compile,
+        can_compile() if settings.machine.compile is None else settings.machine.compile,
     )
     try:
         print(table(tune(setting)), flush=True)
@@ -196,7 +196,7 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
         folder = process.agree(lambda: output_folder(settings, state))
         try:
             if folder is not None:
-                folder.save_settings(settings.to_dict())
+                folder.save_settings(parts.settings.to_dict())
             run = Run(parts, state, folder)
             if state is not None:
                 for held in (state.model, state.ema or {}, *state.optimizers):

@@ -16,6 +16,7 @@ from fastvitc.kernels import chosen
 from fastvitc.models.config import as_size, check_image_size, preset
 from fastvitc.models.saved import WEIGHTS, begin_with, load_weights, model_folder
 from fastvitc.models.vit import VisionTransformer, create_model
+from fastvitc.training.compilation import Compilation, seconds_of_a_pass, where_it_pays
 from fastvitc.training.evaluation import Evaluator
 from fastvitc.training.mix import Mixing
 from fastvitc.training.optim import ModelEma, create_optimizers, paper_ema_rate
@@ -23,8 +24,8 @@ from fastvitc.training.process import Process
 from fastvitc.training.schedule import Curriculum, Schedule
 from fastvitc.training.settings import TrainSettings
 from fastvitc.training.state import RunState, on_host
-from fastvitc.training.step import TrainStep
-from fastvitc.tuning.machine import PRECISIONS, autocast
+from fastvitc.training.step import Objective, TrainStep
+from fastvitc.tuning.machine import PRECISIONS, autocast, can_compile
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Parts:
     """What a run is made of.
 
     `steps` are those of an epoch, `images_per_step` those of all processes. `backends` says what each op runs on.
+    `compilation` is whether they are compiled, and why; the settings say the same.
     `data` is a digest of what decides which images come in which order and how they look. `new_head` says of a run that
     begins with given weights whether it has a head of its own.
     """
@@ -41,6 +43,7 @@ class Parts:
     classes: tuple[str, ...]
     dtype: torch.dtype
     backends: dict[str, str]
+    compilation: Compilation
     model: VisionTransformer
     ema: ModelEma | None
     train_loader: Loader
@@ -142,8 +145,6 @@ def assemble(
         new_head = begin_with(model, _initial_weights(Path(s.model.initial_checkpoint)))
     if s.model.freeze_stem:
         model.stem.freeze()
-    if s.machine.compile:
-        _try_ops(model, process.device, dtype)
     train_loader, val_loader = (
         loader_of(s, process, index, training) for index, training in ((train, True), (val, False))
     )
@@ -178,6 +179,11 @@ def assemble(
         now = state.epoch + (state.step / steps if state.data == data else 0.0)
         schedule = replace(schedule, epochs=first, changes=tuple((a, b) for a, b in changes))
         schedule = schedule.to_last(o.epochs, now)
+    curriculum = _curriculum(s, model)
+    compilation = _compilation(s, process, model, curriculum, steps)
+    s = s.changed(compile=compilation.compile)
+    if compilation.compile:
+        _try_ops(model, process.device, dtype)
     step = TrainStep(
         model,
         optimizers,
@@ -186,7 +192,7 @@ def assemble(
         label_smoothing=o.smoothing,
         accumulate=o.grad_accum_steps,
         clip_grad=o.clip_grad,
-        compile=s.machine.compile,
+        compile=compilation.compile,
     )
     if sharing:  # in place, and only now: DistributedDataParallel refuses such layers on a CPU
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -196,6 +202,7 @@ def assemble(
         classes=train.classes,
         dtype=dtype,
         backends=backends,
+        compilation=compilation,
         model=model,
         ema=ema,
         train_loader=train_loader,
@@ -204,7 +211,7 @@ def assemble(
         images_per_step=images_per_step,
         optimizers=optimizers,
         schedule=schedule,
-        curriculum=_curriculum(s, model),
+        curriculum=curriculum,
         mixing=Mixing(o.mixup, o.cutmix),
         step=step,
         evaluate=Evaluator(
@@ -212,7 +219,7 @@ def assemble(
             process,
             dtype=dtype,
             batch_size=o.batch_size,
-            compile=s.machine.compile,
+            compile=compilation.compile,
         ),
         data=data,
         new_head=new_head,
@@ -238,6 +245,30 @@ def _curriculum(settings: TrainSettings, model: VisionTransformer) -> Curriculum
     if low_res is not None:
         check_image_size(low_res, model.config.stem.stride)
     return Curriculum(model.config.image_size, low_res, data.low_res_until, m.patch_drop, m.patch_drop_until)
+
+
+def _compilation(
+    settings: TrainSettings, process: Process, model: VisionTransformer, curriculum: Curriculum, steps: int
+) -> Compilation:
+    """Whether a run is compiled, equal on all processes: as asked, else where it pays."""
+    s, asked, o = settings, settings.machine.compile, settings.optimisation
+    if asked is not None:
+        return Compilation(asked, "as the settings say")
+    if not can_compile():
+        return Compilation(False, "torch.compile needs a C++ compiler and Python's headers on a CPU")
+
+    def choose() -> Compilation:
+        height, width = model.config.image_size
+        images = torch.randint(256, (o.batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        labels = torch.zeros(o.batch_size, dtype=torch.int64)
+        objective = Objective(model.train(), dtype=PRECISIONS[s.machine.precision])
+        batch = images.to(process.device), labels.to(process.device), None
+        passes = curriculum.cost() * steps * o.grad_accum_steps * o.epochs
+        return where_it_pays(
+            process.device, passes * seconds_of_a_pass(objective, batch), curriculum.shapes()
+        )
+
+    return process.share(process.agree(choose))
 
 
 def _initial_weights(path: Path) -> dict[str, Tensor]:

@@ -6,10 +6,11 @@ from fastvitc.training.assembly import Parts
 from fastvitc.training.boards import open_boards
 from fastvitc.training.evaluation import Accuracy
 from fastvitc.training.folder import RunFolder
+from fastvitc.training.meter import duration
 from fastvitc.training.profile import Profile
 from fastvitc.training.report import EpochRow, Reporter
 from fastvitc.training.step import compiled_graphs
-from fastvitc.training.words import duration, introduction, yardstick
+from fastvitc.training.words import introduction, yardstick
 
 
 class RunLog:

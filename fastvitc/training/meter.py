@@ -1,4 +1,4 @@
-"""Measures a training epoch without waiting for the device, except where a figure is read."""
+"""Measures a training epoch without waiting for the device, except where a figure is read; times in words."""
 
 import time
 from collections.abc import Iterator
@@ -64,3 +64,14 @@ class Meter:
         """(images per second over all processes, share of the time spent waiting for data)."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         return self._steps * self._images_per_step / elapsed, self._waited / elapsed
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that tell it best: "12 s", "3 min 20 s", "2 h 5 min", "4 d 6 h"."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    rest, parts = round(seconds), []
+    for size, name in units:
+        count, rest = divmod(rest, size)
+        if count or parts or size == 1:
+            parts.append((count, name))
+    return " ".join(f"{count} {name}" for count, name in parts[:2] if count or len(parts) == 1)

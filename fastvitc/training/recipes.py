@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from fastvitc.errors import UsageError
 from fastvitc.training.settings import Recipe, TrainSettings
 
@@ -76,8 +74,7 @@ def recipe_settings(recipe: Recipe, model: str | None = None, shares: int = 1) -
     """
     base = TrainSettings().changed(recipe=recipe)
     if recipe == "digits":
-        # On a CPU compiling takes longer than it saves in so short a run.
-        return base.changed(model=model or "vitc_nano", compile=torch.cuda.is_available(), **_DIGITS)
+        return base.changed(model=model or "vitc_nano", **_DIGITS)
     model = model or "vitc_4gf"
     if recipe in ("small", "finetune"):
         return base.changed(model=model, **(_SMALL if recipe == "small" else _FINETUNE))

@@ -1,7 +1,7 @@
 """What changes while a run goes on: the learning rate, the size of the training images, the patches left out."""
 
 from dataclasses import dataclass, replace
-from math import cos, pi, sqrt
+from math import cos, pi, prod, sqrt
 from typing import Literal
 
 SchedName = Literal["cosine", "wsd"]
@@ -89,3 +89,14 @@ class Curriculum:
     def patch_drop_at(self, progress: float) -> float:
         """Share of the patches left out at a share of the run."""
         return self.patch_drop if progress < self.patch_drop_until else 0.0
+
+    def cost(self) -> float:
+        """The mean cost of a training image over the run, as a share of one of full size with all patches."""
+        if self.low_res is None:
+            return 1.0
+        return 1.0 - self.low_res_until * (1.0 - prod(self.low_res) / prod(self.size))
+
+    def shapes(self) -> int:
+        """Different shapes that the model meets in training."""
+        at = {0.0, self.low_res_until, self.patch_drop_until} - {1.0}
+        return len({(self.size_at(progress), self.patch_drop_at(progress)) for progress in at})

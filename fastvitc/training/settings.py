@@ -15,14 +15,14 @@ from fastvitc.models.vit import Init
 from fastvitc.ranges import Ascending, OneOrTwo, above, at_least, check_ranges, share
 from fastvitc.training.optim import OptimizerName
 from fastvitc.training.schedule import SchedName
-from fastvitc.tuning.machine import Precision, can_compile, fast_precision
+from fastvitc.tuning.machine import Precision, fast_precision
 
 Recipe = Literal[
     "digits", "small", "finetune", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
 ]
 
 
-def _optional(metavar: str, *aliases: str) -> object:
+def _optional(metavar: str | None, *aliases: str) -> object:
     """A flag that may be left out: its help says what happens then, so it does not say "default: None" as well."""
 
     def default(text: str) -> str:
@@ -163,8 +163,8 @@ class MachineSettings:
     """CPU threads of the model. Default: PyTorch's."""
     precision: Precision = field(default_factory=fast_precision)
     """bf16 keeps weights and statistics in float32. Default: bf16 where the device multiplies in it, else fp32."""
-    compile: bool = field(default_factory=can_compile)
-    """torch.compile training and evaluation. Default: on a GPU, and on a CPU with a C++ compiler and Python.h."""
+    compile: Annotated[bool | None, _optional(None)] = None
+    """torch.compile training and evaluation. Default: where that is expected to take less time."""
     seed: Annotated[int, at_least(0)] = 0
     """Fixes the weights at the start, the order of the images and every random draw."""
 

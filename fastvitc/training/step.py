@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvitc.models.vit import VisionTransformer
+from fastvitc.training.compilation import unchanged
 from fastvitc.training.mix import share_of_own
 from fastvitc.training.process import Process
 from fastvitc.tuning.machine import autocast
@@ -125,10 +126,6 @@ class TrainStep:
 
         Without it the first step of a resumed run would sum in another order than that step of the whole run.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        with torch.random.fork_rng([batch[0].device] if batch[0].is_cuda else []):
+        with unchanged(self.objective, batch[0].device):
             self._parallel(*batch).backward()
-        self._model.zero_grad(set_to_none=True)
-        for buffer, before in buffers:
-            buffer.copy_(before)
         self._settled = True

@@ -1,4 +1,4 @@
-"""What the log says of a run in words: its first lines, the yardstick of the MFU, times."""
+"""What the log says of a run in words: its first lines, the yardstick of the MFU."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from fastvitc.data import Loader, LoaderKind, choose_loader
 from fastvitc.models.complexity import complexity
 from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.assembly import Parts
+from fastvitc.training.compilation import Compilation
 from fastvitc.training.process import Process
 from fastvitc.tuning.machine import describe, flops_peak, versions
 
@@ -64,8 +65,13 @@ def introduction(parts: Parts, yardstick: Yardstick, folder: Path) -> list[str]:
         f"of {parts.steps} steps, {parts.images_per_step} images per step",
         f"MFU: {yardstick.per_image / 1e9:.3g} GFLOP per training image (three times forward, a multiply-add is two), "
         f"as a share of {yardstick.peak / 1e12:.3g} TFLOP/s ({yardstick.source})",
+        f"compile: {_yes_or_no(parts.compilation)}",
         f"output: {folder}",
     ] + ([] if parts.new_head is None else [_beginning(parts)])
+
+
+def _yes_or_no(choice: Compilation) -> str:
+    return f"{'yes' if choice.compile else 'no'}, {choice.why}"
 
 
 def _beginning(parts: Parts) -> str:
@@ -85,14 +91,3 @@ def unused_devices(process: Process) -> str:
     if process.world_size > 1 or count == 1:
         return ""
     return f"; one of {count} GPUs. All of them: torchrun --nproc-per-node {count} -m fastvitc.train, then your flags"
-
-
-def duration(seconds: float) -> str:
-    """A time in the two units that tell it best: "12 s", "3 min 20 s", "2 h 5 min", "4 d 6 h"."""
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    rest, parts = round(seconds), []
-    for size, name in units:
-        count, rest = divmod(rest, size)
-        if count or parts or size == 1:
-            parts.append((count, name))
-    return " ".join(f"{count} {name}" for count, name in parts[:2] if count or len(parts) == 1)

@@ -82,26 +82,23 @@ def test_the_default_precision_is_one_that_the_cpu_multiplies_in(flags, precisio
 
 
 @pytest.mark.parametrize("missing", ["compiler", "headers"])
-def test_without_a_compiler_or_headers_nothing_is_compiled_on_a_cpu(missing, monkeypatch, tmp_path):
+def test_without_a_compiler_or_headers_nothing_can_be_compiled_on_a_cpu(missing, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if missing == "compiler":
         monkeypatch.setenv("CXX", str(tmp_path / "none"))
     else:
         monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert not recipe_settings("small").machine.compile
+    assert not machine.can_compile()
     assert not TuneSettings().compile
     assert flat_of(["--recipe", "small", "--compile"]).compile
 
 
-def test_all_but_the_short_run_on_a_cpu_is_compiled(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [recipe_settings(recipe).machine.compile for recipe in ("digits", "small", "paper-100ep")] == [
-        False,
-        True,
-        True,
-    ]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert recipe_settings("digits").machine.compile
+@pytest.mark.parametrize(
+    ("flags", "compile"),
+    [([], None), (["--compile"], True), (["--no-compile"], False)],
+)
+def test_compilation_is_asked_for_forbidden_or_left_to_the_run(flags, compile):
+    assert flat_of(flags).compile is compile
 
 
 @pytest.mark.parametrize("model", PAPER_50_EPOCHS)

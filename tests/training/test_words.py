@@ -7,10 +7,10 @@ from fastvitc import complexity, data
 from fastvitc.data import synthetic_index
 from fastvitc.data.pil import PilLoader
 from fastvitc.training.assembly import assemble
+from fastvitc.training.meter import duration
 from fastvitc.training.process import Process
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.words import (
-    duration,
     explain_loader,
     introduction,
     unused_devices,
@@ -72,6 +72,7 @@ def test_the_log_opens_with_model_device_ops_data_recipe_and_yardstick(parts, tm
         "data: 8 ",
         "recipe digits: ",
         "MFU: ",
+        "compile: no",
         "output: ",
     )
     assert len(lines) == len(starts)
