@@ -151,6 +151,10 @@ class Loader(ABC):
         if image_size != self.config.image_size:
             self.close()
             self.config = replace(self.config, image_size=image_size)
+            self._resized()
+
+    def _resized(self) -> None:  # noqa: B027 - not every loader keeps anything of that size
+        """Make anew what depends on `config.image_size`."""
 
     def close(self) -> None:  # noqa: B027 - not every loader holds anything
         """Release worker processes, threads and memory. Iterating again starts anew."""

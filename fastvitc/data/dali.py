@@ -72,8 +72,7 @@ class DaliLoader(Loader):
     def version(self) -> str:
         return f"DALI {nvidia.dali.__version__} on {self.config.device.type}"
 
-    def resize(self, image_size: tuple[int, int]) -> None:
-        super().resize(image_size)
+    def _resized(self) -> None:
         self._source = _Source(self.config, self.bad)
 
     def close(self) -> None:

@@ -18,8 +18,7 @@ class SyntheticLoader(Loader):
         super().__init__(config)
         self._draw()
 
-    def resize(self, image_size: tuple[int, int]) -> None:
-        super().resize(image_size)
+    def _resized(self) -> None:
         self._draw()
 
     def _draw(self) -> None:

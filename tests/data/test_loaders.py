@@ -153,6 +153,8 @@ def test_a_loader_of_another_size_is_as_one_made_with_it(kind, photos):
     assert torch.equal(pixels(loader), pixels(small))
     loader.resize(tuple(whole.shape[2:]))
     assert torch.equal(pixels(loader), whole)
+    loader.resize(tuple(whole.shape[2:]))
+    assert torch.equal(pixels(loader), whole)
 
 
 @pytest.mark.parametrize("kind", ALL)
