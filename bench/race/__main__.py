@@ -2,8 +2,9 @@
 
 `fastvitc-train` and timm's parts train equal models on the same images with the same cores. Each run is a program of
 its own from a cold start, compilation included, validated after each epoch; seeds alternate between the racers. The
-figures are the time to the accuracy that the peer has at its end, and the accuracy when the peer ends. Flags after `--`
-go to `fastvitc-train`. Runs that are in `--out` already are not made again.
+figures are the time to the accuracy that the peer has at its end, and the accuracy when the peer ends. Ours runs once
+for each of `--ours-epochs`: few for the first figure, as many as fit into the peer's time for the second. Flags after
+`--` go to `fastvitc-train`. Runs that are in `--out` already are not made again.
 """
 
 import argparse
@@ -39,28 +40,35 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="vitc_1gf", help="a preset")
     parser.add_argument("--image-size", type=int, default=96, help="side in pixels, of both racers")
-    parser.add_argument("--epochs", type=int, default=15, help="of the peer; ours are its recipe's")
+    parser.add_argument("--epochs", type=int, default=15, help="of the peer")
+    parser.add_argument(
+        "--ours-epochs", type=int, nargs="+", default=[6, 24], help="of fastvitc-train, each a racer"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hflip", type=float, default=0.5, help="of both; 0 for letters")
-    parser.add_argument("--recipe", default="small", help="of fastvitc-train")
+    parser.add_argument("--recipe", default="fast", help="of fastvitc-train")
     parser.add_argument("--timm", default="", help="further flags of the peer, see bench.race.peer")
     parser.add_argument("ours", nargs="*", help="after --: further flags of fastvitc-train")
     return parser.parse_args(argv)
 
 
-def commands(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, list[str]]:
-    """{racer: its command}."""
+def racers(args: argparse.Namespace) -> dict[str, int | None]:
+    """{racer: its epochs where it is ours, else None}."""
+    return {PEER: None, **{f"{OURS}, {epochs} epochs": epochs for epochs in args.ours_epochs}}
+
+
+def command_of(args: argparse.Namespace, epochs: int | None, folder: Path, seed: int) -> list[str]:
+    """The command of a racer, see `racers`."""
     shared = ["--data-dir", args.data, "--model", args.model, "--image-size", args.image_size, "--seed", seed]
     shared += ["--hflip", args.hflip]
+    if epochs is not None:
+        ours = [*shared, "--epochs", epochs, "--recipe", args.recipe, "--output", folder, *args.ours]
+        return [sys.executable, "-m", "fastvitc.programs.train", *map(str, ours)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     peer = [*shared, "--epochs", args.epochs, "--workers", cores, *args.timm.split()]
     if fast_precision() == "fp32":
         peer.append("--fp32")
-    ours = [*shared, "--recipe", args.recipe, "--output", folder, *args.ours]
-    return {
-        PEER: [sys.executable, "-m", "bench.race.peer", *map(str, peer)],
-        OURS: [sys.executable, "-m", "fastvitc.programs.train", *map(str, ours)],
-    }
+    return [sys.executable, "-m", "bench.race.peer", *map(str, peer)]
 
 
 def run(name: str, command: list[str], folder: Path) -> list[Point]:
@@ -84,13 +92,14 @@ def run(name: str, command: list[str], folder: Path) -> list[Point]:
 
 def race(args: argparse.Namespace) -> dict[str, list[Curve]]:
     """{racer: the curve of each seed}; a curve that is there is read, not run."""
-    curves: dict[str, list[Curve]] = {PEER: [], OURS: []}
+    names = racers(args)
+    curves: dict[str, list[Curve]] = {name: [] for name in names}
     for seed in range(args.seeds):
-        for name in curves if seed % 2 == 0 else reversed(curves):
-            folder = args.out / f"{name}-{seed}"
+        for name in names if seed % 2 == 0 else reversed(names):
+            folder = args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             kept = folder / "curve.json"
             if not kept.exists():
-                curve = run(name, commands(args, folder, seed)[name], folder)
+                curve = run(name, command_of(args, names[name], folder, seed), folder)
                 points = json.dumps([[point.seconds, point.top1] for point in curve])
                 write_atomically(kept, lambda path, text=points: path.write_text(text))
             curves[name].append([Point(*point) for point in json.loads(kept.read_text())])

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from bench.race import peer
-from bench.race.__main__ import OURS, PEER, main
+from bench.race.__main__ import OURS, main
 from bench.race.curves import Point, accuracy_at, draw, results, table, time_to, write_csv
 from fastvitc.errors import FastvitcError
 
@@ -89,22 +89,22 @@ def instead(monkeypatch):
     """Makes both racers the given Python code; `sys.argv` is the rest of their command."""
 
     def use(code):
-        def command(*_):
-            return {name: [sys.executable, "-c", code, name] for name in (PEER, OURS)}
+        def command(args, epochs, folder, seed):
+            return [sys.executable, "-c", code, str(epochs)]
 
-        monkeypatch.setattr("bench.race.__main__.commands", command)
+        monkeypatch.setattr("bench.race.__main__.command_of", command)
 
     return use
 
 
 def race(folder):
-    main(["--data", "images", "--out", str(folder), "--seeds", "2"])
+    main(["--data", "images", "--out", str(folder), "--seeds", "2", "--ours-epochs", "1", "2"])
 
 
 def test_a_racer_that_fails_is_told_with_its_log_and_the_rest_is_kept(instead, tmp_path, capsys):
     tell = "import json, time; print(json.dumps({'time': time.time(), 'val_top1': 40.0}))"
-    instead(f"import sys; {tell}; sys.exit(3 * (sys.argv[1] != {PEER!r}))")
-    with pytest.raises(FastvitcError, match=f"{OURS} ended with 3; .*log.txt says why"):
+    instead(f"import sys; {tell}; sys.exit(3 * (sys.argv[1] != 'None'))")
+    with pytest.raises(FastvitcError, match=f"{OURS}, 1 epochs ended with 3; .*log.txt says why"):
         race(tmp_path)
     assert "timm, seed 0: 40.00%" in capsys.readouterr().out
     (folder,) = tmp_path.glob("*/curve.json")
@@ -112,21 +112,21 @@ def test_a_racer_that_fails_is_told_with_its_log_and_the_rest_is_kept(instead, t
 
 
 def test_a_race_that_is_started_again_makes_no_run_twice(instead, tmp_path, capsys):
-    for name in (PEER, OURS):
+    for name in ("timm", "fastvitc-train-1-epochs", "fastvitc-train-2-epochs"):
         for seed in (0, 1):
             (tmp_path / f"{name}-{seed}").mkdir()
             (tmp_path / f"{name}-{seed}" / "curve.json").write_text("[[1.0, 30.0], [2.0, 50.0]]")
     instead("raise SystemExit(1)")
     race(tmp_path)
-    assert "| fastvitc-train | 50.00% | 2 s | 2 s | 1.00 | 50.00% |" in capsys.readouterr().out
+    assert "| fastvitc-train, 2 epochs | 50.00% | 2 s | 2 s | 1.00 | 50.00% |" in capsys.readouterr().out
     assert (tmp_path / "race.md").read_text().count("| timm |") == 1
 
 
 @pytest.mark.full
 def test_both_racers_run_from_a_cold_start(few_digits, tmp_path, capsys):
     options = ["--model", "vitc_nano", "--image-size", "32", "--epochs", "4", "--seeds", "1", "--hflip", "0"]
-    options += ["--recipe", "small", "--timm=--batch-size 10 --warmup-epochs 1"]
-    ours = ["--epochs", "4", "--batch-size", "10", "--no-compile"]
+    options += ["--recipe", "small", "--ours-epochs", "4", "--timm=--batch-size 10 --warmup-epochs 1"]
+    ours = ["--batch-size", "10", "--no-compile"]
     main(["--data", str(few_digits), "--out", str(tmp_path), *options, "--", *ours])
-    assert "| fastvitc-train |" in capsys.readouterr().out
+    assert "| fastvitc-train, 4 epochs |" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "curves.csv")) == 8
