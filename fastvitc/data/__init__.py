@@ -6,10 +6,17 @@ from typing import Literal, get_args
 import torch
 
 from fastvitc.data.augment import Augment
-from fastvitc.data.base import Batch, Loader, LoaderConfig
+from fastvitc.data.base import Batch, InterpolationName, Loader, LoaderConfig
 from fastvitc.data.digits import digits_folder
 from fastvitc.data.index import ImageIndex, synthetic_index
-from fastvitc.data.layout import index_folder, index_place, index_split, read_index, write_index
+from fastvitc.data.layout import (
+    index_folder,
+    index_place,
+    index_split,
+    read_class_names,
+    read_index,
+    write_index,
+)
 from fastvitc.data.pil import PilLoader
 from fastvitc.data.policy import PolicyName
 from fastvitc.data.synthetic import SyntheticLoader
@@ -19,6 +26,7 @@ __all__ = [
     "Augment",
     "Batch",
     "ImageIndex",
+    "InterpolationName",
     "Loader",
     "LoaderConfig",
     "LoaderKind",
@@ -29,6 +37,7 @@ __all__ = [
     "index_folder",
     "index_place",
     "index_split",
+    "read_class_names",
     "read_index",
     "synthetic_index",
     "write_index",

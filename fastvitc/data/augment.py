@@ -29,6 +29,7 @@ class Augment:
     scale: least and largest share of the image's area in a window, each share equally likely.
     ratio: least and largest width / height of a window, uniform in its logarithm.
     hflip: chance of a horizontal flip.
+    color_jitter: by what share brightness, contrast and colour change at most.
     policy: what follows on the uint8 pixels, see `fastvitc.data.policy`.
 
     Raises:
@@ -39,6 +40,7 @@ class Augment:
     ratio: Annotated[tuple[float, float], above(0), Ascending()] = (3 / 4, 4 / 3)
     hflip: Annotated[float, share()] = 0.5
     policy: PolicyName = "none"
+    color_jitter: Annotated[float, share()] = 0.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -66,7 +68,12 @@ class AugmentSampler:
 
     def __init__(self, augment: Augment, image_size: tuple[int, int], seed: int) -> None:
         self._augment, self._seed = augment, seed
-        self._policy = PolicySampler(augment.policy, image_size)
+        self._policy = PolicySampler(augment.policy, image_size, augment.color_jitter)
+
+    @property
+    def stages(self) -> int:
+        """Operations on the pixels after crop and flip."""
+        return self._policy.stages
 
     def draw(self, epoch: int, samples: np.ndarray) -> Draws:
         """samples: int64 (n,), the numbers of the images in the data set."""

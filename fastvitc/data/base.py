@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 
@@ -18,12 +18,13 @@ from fastvitc.data.sampling import Order
 from fastvitc.errors import DataError, UsageError
 from fastvitc.ranges import at_least, check_ranges, share
 
+InterpolationName = Literal["bilinear", "bicubic"]
 NO_SPARE = "an image cannot be read, and neither can any that may replace it: all of the next batch"
 
 
 class Batch(NamedTuple):
-    """images: uint8 (B, 3, H, W) in channels_last memory, RGB, not normalised. labels: int64 (B,), −1 for an image that
-    could not be read."""
+    """images: uint8 in channels_last memory, not normalised: RGB (B, 3, H, W), or grey (B, 1, H, W). labels: int64
+    (B,), −1 for an image that could not be read."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -39,6 +40,8 @@ class LoaderConfig:
         batch_size: images of a batch on this rank.
         image_size: (height, width) in pixels.
         device: where the batches are to be.
+        channels: 3 for RGB, 1 for grey.
+        interpolation: how images are resized.
         augment: what training images undergo.
         crop_ratio: side of evaluation's centre crop over the side that the image is resized to.
         seed: fixes order and augmentation, from 0.
@@ -55,6 +58,8 @@ class LoaderConfig:
     batch_size: Annotated[int, at_least(1)]
     image_size: Annotated[tuple[int, int], at_least(1)]
     device: torch.device
+    channels: Literal[1, 3] = 3
+    interpolation: InterpolationName = "bilinear"
     augment: Augment = field(default_factory=Augment)
     crop_ratio: Annotated[float, share(zero=False)] = 0.875
     seed: Annotated[int, at_least(0)] = 0
@@ -69,6 +74,11 @@ class LoaderConfig:
         if self.workers is None:
             object.__setattr__(self, "workers", default_workers(self.device))
         check_ranges(self)
+        if self.channels not in (1, 3) or self.interpolation not in get_args(InterpolationName):
+            raise UsageError(
+                f"channels must be 1 or 3 and interpolation one of {', '.join(get_args(InterpolationName))}, "
+                f"got {self.channels} and {self.interpolation!r}"
+            )
         if self.rank >= self.world_size:
             raise UsageError(f"rank {self.rank} is none of the {self.world_size} ranks from 0")
         images, needed = len(self.index), self.batch_size * self.world_size

@@ -17,7 +17,7 @@ from PIL import Image
 from fastvitc.data.augment import ATTEMPTS, AugmentSampler, covered_size
 from fastvitc.data.base import NO_SPARE, Batch, Loader, LoaderConfig
 from fastvitc.data.decode import read_image
-from fastvitc.data.policy import FILL, OPS, POLICIES
+from fastvitc.data.policy import FILL, OPS
 from fastvitc.data.sampling import Samples
 from fastvitc.errors import DataError, UsageError
 
@@ -140,7 +140,7 @@ class _Source:
         self._index, self._bad = config.index, bad
         self._threads, self._readers = max(1, config.workers), None
         self._sampler = AugmentSampler(config.augment, config.image_size, config.seed)
-        self.stages = len(POLICIES[config.augment.policy].stages)
+        self.stages = self._sampler.stages
         self.dtypes, self.ndims = [types.INT64, types.UINT8], [0, 1]
         if config.training:
             self.dtypes += [types.FLOAT64, types.FLOAT64, types.INT32]
@@ -183,6 +183,9 @@ class _Source:
         return np.frombuffer(_BLANK if number is None else self._index.read(number), np.uint8)
 
 
+_INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+
 def _blank() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "png")
@@ -213,6 +216,7 @@ def _evaluation(config, source):
     images = fn.resize(
         images,
         size=config.image_size,
+        interp_type=_INTERPOLATION[config.interpolation],
         roi_start=_pair(top * height / resized_h, left * width / resized_w),
         roi_end=_pair((top + out_h) * height / resized_h, (left + out_w) * width / resized_w),
     )
@@ -231,7 +235,7 @@ def _training(config, source):
         axis_names="HW",
         adjust_orientation=False,
     )
-    images = fn.resize(images, size=config.image_size)
+    images = fn.resize(images, size=config.image_size, interp_type=_INTERPOLATION[config.interpolation])
     images = fn.flip(images, horizontal=flip)
     for stage in range(source.stages):
         op, value, affine = (draw[stage] for draw in policy)
@@ -250,6 +254,8 @@ def _decoder(config):
 
 
 def _on_device(config, images, labels):
+    if config.channels == 1:
+        images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
     return images, labels.gpu() if config.device.type == "cuda" else labels
 
 

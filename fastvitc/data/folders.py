@@ -13,8 +13,12 @@ from fastvitc.errors import DataError
 LAYOUT = "expected {train,val}/<class>/<image>, or tar shards in {train,val}"
 
 
-def write_folders(folder: Path, split: str, root: Path) -> tuple[str, ...]:
+def write_folders(
+    folder: Path, split: str, root: Path, wanted: Sequence[str] | None = None
+) -> tuple[str, ...]:
     """Write the index of the images under `root/<class>/` into a folder; their classes.
+
+    With `wanted` those classes, in that order.
 
     Raises:
         DataError: there is no class folder, one has no image or cannot be read, or a shard lies among the images.
@@ -22,6 +26,11 @@ def write_folders(folder: Path, split: str, root: Path) -> tuple[str, ...]:
     classes = subfolders(root)
     if not classes:
         raise DataError(f"{root} has no class folders; {LAYOUT}")
+    if wanted is not None:
+        missing = [name for name in wanted if name not in set(classes)]
+        if missing:
+            raise DataError(f"{root} has no folder for these classes of the class map: {some(missing)}")
+        classes = list(wanted)
     empty = []
     with IndexWriter(folder, split) as writer:
         for label, name in enumerate(classes):

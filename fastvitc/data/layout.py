@@ -29,8 +29,10 @@ def index_folder(data_dir: str | os.PathLike[str]) -> tuple[ImageIndex, ImageInd
         return read_index(place)
 
 
-def index_split(folder: str | os.PathLike[str], split: str = "val") -> ImageIndex:
-    """The images of one split: those under `folder/<split>`, else under `folder`.
+def index_split(
+    folder: str | os.PathLike[str], split: str = "val", *, classes: Sequence[str] | None = None
+) -> ImageIndex:
+    """The images of one split: those under `folder/<split>`, else under `folder`; `classes` as in `write_index`.
 
     Raises:
         DataError: as `index_folder`.
@@ -38,28 +40,45 @@ def index_split(folder: str | os.PathLike[str], split: str = "val") -> ImageInde
     root = Path(folder)
     with index_place() as place:
         below = root / split if split in subfolders(root) else root
-        _write_split(place, split, below, _class_names(root))
+        names = read_class_names(root / CLASSES) if classes is None else classes
+        _write_split(place, split, below, names, classes)
         return read_split(place, split)
 
 
-def write_index(data_dir: str | os.PathLike[str], place: Path) -> None:
+def write_index(
+    data_dir: str | os.PathLike[str],
+    place: Path,
+    *,
+    splits: tuple[str, str] = SPLITS,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Write what `index_folder` finds into a folder, for `read_index`.
+
+    Args:
+        data_dir: holds the images.
+        place: where the index goes.
+        splits: the names of the folders with the training and validation images.
+        classes: names of the classes in the order of their labels; other class folders are left out. In shards they
+            are the names of labels that are numbers. None takes all classes, sorted.
 
     Raises:
         DataError: as `index_folder`.
     """
     root = Path(data_dir)
-    missing = [split for split in SPLITS if split not in subfolders(root)]
+    missing = [split for split in splits if split not in subfolders(root)]
     if missing:
         raise DataError(f"{root} has no folder {some(missing, ' and ')}; {LAYOUT}")
-    names = _class_names(root)
-    train, val = (_write_split(place, split, root / split, names) for split in SPLITS)
+    names = read_class_names(root / CLASSES) if classes is None else classes
+    train, val = (
+        _write_split(place, split, root / folder, names, classes)
+        for split, folder in zip(SPLITS, splits, strict=True)
+    )
     if train != val:
-        only = {"train": sorted(set(train) - set(val)), "val": sorted(set(val) - set(train))}
-        differences = [f"only in {split}: {some(classes)}" for split, classes in only.items() if classes]
+        only = zip(splits, (sorted(set(train) - set(val)), sorted(set(val) - set(train))), strict=True)
+        differences = [f"only in {folder}: {some(found)}" for folder, found in only if found]
         raise DataError(
-            f"the classes of {root / 'train'} and {root / 'val'} differ; {'; '.join(differences)}. "
-            "Give both the same classes"
+            f"the classes of {' and '.join(str(root / folder) for folder in splits)} differ; "
+            f"{'; '.join(differences)}. Give both the same classes"
         )
 
 
@@ -90,13 +109,21 @@ def index_place() -> Iterator[Path]:
         ) from error
 
 
-def _write_split(place: Path, split: str, root: Path, names: Sequence[str] | None) -> tuple[str, ...]:
+def _write_split(
+    place: Path, split: str, root: Path, names: Sequence[str] | None, classes: Sequence[str] | None
+) -> tuple[str, ...]:
     shards = find_shards(root)
-    return write_shards(place, split, root, shards, names) if shards else write_folders(place, split, root)
+    if shards:
+        return write_shards(place, split, root, shards, names)
+    return write_folders(place, split, root, classes)
 
 
-def _class_names(root: Path) -> tuple[str, ...] | None:
-    path = root / CLASSES
+def read_class_names(path: Path) -> tuple[str, ...] | None:
+    """The names in a file, one in each line; None where there is no file.
+
+    Raises:
+        DataError: it cannot be read, or has an empty line or a name twice.
+    """
     try:
         names = tuple(path.read_text(encoding="utf-8").split("\n"))
     except FileNotFoundError:

@@ -20,6 +20,8 @@ from fastvitc.errors import DataError
 #: Images (B, H, W, 3), labels, and the (number, reason) of what cannot be read.
 _Loaded = tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]
 
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
 
 class PilLoader(Loader):
     """Decodes in `workers` processes, or in this one for 0. The batches do not depend on their number."""
@@ -112,14 +114,17 @@ class _Batches(Dataset):
     def __getitem__(self, key: tuple[int, Samples]) -> _Loaded:
         epoch, samples = key
         tried: list[int] = []
-        pixels = np.zeros((len(samples.numbers), *self._config.image_size, 3), np.uint8)
+        pixels = np.zeros((len(samples.numbers), *self._config.image_size, self._config.channels), np.uint8)
         labels = np.full(len(samples.numbers), -1)
         for place in range(len(pixels)):
             for number in samples.candidates(place):
                 tried.append(number)
                 image = self._read(number)
                 if image is not None:
-                    pixels[place] = np.asarray(self._prepared(image, epoch, number))
+                    prepared = self._prepared(image, epoch, number)
+                    if self._config.channels == 1:
+                        prepared = prepared.convert("L")
+                    pixels[place] = np.asarray(prepared).reshape(pixels[place].shape)
                     labels[place] = self._config.index.labels[number]
                     break
         bad = [(number, self._bad[number]) for number in tried if number in self._bad]
@@ -144,7 +149,7 @@ class _Batches(Dataset):
         size = (image.height, image.width)
         top, left, h, w = crop_window(size, draws.windows[i], draws.positions[i], self._config.augment.ratio)
         image = image.crop((left, top, left + w, top + h))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), _RESAMPLING[self._config.interpolation])
         if draws.flips[i]:
             image = ImageOps.mirror(image)
         for op, value, affine in zip(*(stage[i] for stage in draws.policy), strict=True):
@@ -155,7 +160,8 @@ class _Batches(Dataset):
         height, width = self._config.image_size
         size = (image.height, image.width)
         top, left, bottom, right = centre_box(size, self._config.image_size, self._config.crop_ratio)
-        return image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        resampling = _RESAMPLING[self._config.interpolation]
+        return image.resize((width, height), resampling, box=(left, top, right, bottom))
 
 
 def _warp(image: Image.Image, _: float, affine: np.ndarray) -> Image.Image:

@@ -27,6 +27,7 @@ OPS = (
     "warp",  # an affine map; what comes from outside the image is FILL
 )
 FILL = 128
+JITTERED = ("brightness", "contrast", "color")
 
 
 class Step(NamedTuple):
@@ -170,13 +171,18 @@ POLICIES: dict[str, Policy] = {
 
 
 class PolicySampler:
-    """Draws what a policy does to images of one size, (height, width) in pixels."""
+    """Draws what a policy does to images of one size, (height, width) in pixels.
 
-    def __init__(self, name: PolicyName, image_size: tuple[int, int]) -> None:
+    Stages of `JITTERED` come before it where there is a `color_jitter`: each value is uniform from minus that to it.
+    """
+
+    def __init__(self, name: PolicyName, image_size: tuple[int, int], color_jitter: float = 0.0) -> None:
         policy = POLICIES[name]
         self._joint = policy.joint
         self._tables = [_tabulate(steps, image_size) for steps in policy.stages]
-        self.stages = len(policy.stages)
+        self._jitter = color_jitter
+        self._first = len(JITTERED) if color_jitter else 0
+        self.stages = self._first + len(policy.stages)
 
     def draw(self, uniforms: np.ndarray) -> PolicyDraw:
         """uniforms: float64 in [0, 1), shape (n, S, 3): for each stage which step, whether at all, which sign."""
@@ -186,9 +192,14 @@ class PolicySampler:
             np.zeros((n, self.stages), np.float32),
             np.zeros((n, self.stages, 2, 3), np.float32),
         )
-        for stage, table in enumerate(self._tables):
+        for stage, op in enumerate(JITTERED[: self._first]):
+            draw.ops[:, stage] = OPS.index(op)
+            draw.values[:, stage] = self._jitter * (2 * uniforms[:, stage, 0] - 1)
+        for stage, table in enumerate(self._tables, start=self._first):
             _, chance, sign = uniforms[:, stage].T
-            choice = (uniforms[:, 0 if self._joint else stage, 0] * len(table.chance)).astype(np.int64)
+            choice = (uniforms[:, self._first if self._joint else stage, 0] * len(table.chance)).astype(
+                np.int64
+            )
             negated = (sign < table.negate[choice]).astype(np.int64)
             draw.ops[:, stage] = np.where(chance < table.chance[choice], table.ops[choice], 0)
             draw.values[:, stage] = table.values[choice, negated]

@@ -24,7 +24,7 @@ class SyntheticLoader(Loader):
     def _draw(self) -> None:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed + config.rank)
-        shape = (config.batch_size, *config.image_size, 3)
+        shape = (config.batch_size, *config.image_size, config.channels)
         pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         self._images = pixels.to(config.device).permute(0, 3, 1, 2)
 

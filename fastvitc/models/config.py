@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastvitc.errors import UsageError
-from fastvitc.models.stems import StemConfig
+from fastvitc.models.stems import StemConfig, pixel_statistics
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class ViTConfig:
 
     `image_size` is (height, width) in pixels; `pool` is "token" (a class token is prepended and read out) or
     "mean" (no class token; the tokens are averaged after the final LayerNorm); `drop_path` is the rate of the
-    last block, rising linearly from 0 at the first.
+    last block, rising linearly from 0 at the first. `mean` and `std` normalise uint8 images, in units of a pixel value
+    from 0 to 1, a number for each channel; None: ImageNet's, and of one channel their averages.
     """
 
     stem: StemConfig
@@ -31,6 +32,8 @@ class ViTConfig:
     in_chans: int = 3
     pool: Literal["token", "mean"] = "token"
     drop_path: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
@@ -53,6 +56,7 @@ class ViTConfig:
                 f"depth={self.depth}, in_chans={self.in_chans}, num_classes={self.num_classes}"
             )
         check_image_size(self.image_size, self.stem.stride)
+        pixel_statistics(self.in_chans, self.mean, self.std)
 
     def _nearest_heads(self) -> int:
         divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]

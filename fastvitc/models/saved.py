@@ -57,7 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _model_config(entry: dict[str, Any]) -> ViTConfig:
-    values = {**entry, "image_size": tuple(entry["image_size"])}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
     stem = STEMS[values.pop("stem_type", "conv")]
     values["stem"] = stem(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["stem"].items()})
     return ViTConfig(**values)

@@ -14,6 +14,7 @@ from fastvitc.kernels import Choice
 from fastvitc.kernels.choice.backends import parsed
 from fastvitc.models.config import ViTConfig, as_size, preset
 from fastvitc.models.encoder import Block
+from fastvitc.models.stems import pixel_statistics
 
 Init = Literal["paper", "drawn_head"]
 
@@ -56,6 +57,9 @@ class VisionTransformer(nn.Module):
         self.patch_drop = 0.0
         backends = parsed(backend)
         self.stem = config.stem.build(config.in_chans, backend=backends)
+        statistics = pixel_statistics(config.in_chans, config.mean, config.std)
+        if statistics is not None:
+            self.stem.normalise_by(*statistics)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.pool == "token" else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
@@ -111,7 +115,7 @@ class VisionTransformer(nn.Module):
         """Image (B, C, H, W) → logits (B, num_classes), or without classes pooled features (B, width).
 
         Args:
-            image: normalised floating point, or uint8 of three channels, see `ConvStem`.
+            image: normalised floating point, or uint8, see `ConvStem`.
             mix: (5,) float32 or None: mixup or CutMix of the batch with itself rolled by one, see
                 `fastvitc.kernels.Pixels`.
         """
@@ -181,6 +185,8 @@ def create_model(
     backend: Choice = "auto",
     grad_checkpointing: bool = False,
     init: Init = "paper",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> VisionTransformer:
     """A freshly initialised model of a preset.
 
@@ -195,6 +201,8 @@ def create_model(
         backend: implementation of the ops: one name for all, or {op: name}; see `VisionTransformer`.
         grad_checkpointing: trade compute for memory in training.
         init: "paper", or "drawn_head", which trains to more accuracy in short runs; see `VisionTransformer`.
+        mean, std: of each channel in units of a pixel value from 0 to 1, by which uint8 images are normalised; by
+            default ImageNet's, and of one channel their averages.
 
     Raises:
         UsageError: an unknown name (the nearest are named), a size that does not fit, backends of unknown ops, or an
@@ -208,5 +216,7 @@ def create_model(
         in_chans=in_chans,
         pool=pool,
         drop_path=drop_path,
+        mean=mean,
+        std=std,
     )
     return VisionTransformer(config, backend=backend, grad_checkpointing=grad_checkpointing, init=init)

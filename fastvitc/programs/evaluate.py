@@ -96,6 +96,11 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
     chosen(process.device, settings.backend, dtype)
     model, classes, crop_ratio = load(settings)
     index = index_split(settings.data_dir if settings.data_dir is not None else digits_folder())
+    if classes is not None and classes != index.classes and set(classes) <= set(index.classes):
+        print(
+            f"{len(classes)} of the folder's {len(index.classes)} classes are evaluated: those of the model"
+        )
+        index = index_split(index.root, classes=classes)
     if classes is not None and classes != index.classes:
         raise UsageError(
             f"the model was trained on {len(classes)} classes ({', '.join(classes[:3])}, ...), the folder has "

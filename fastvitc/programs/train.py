@@ -12,12 +12,13 @@ from typing import get_args
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastvitc.data import ImageIndex, digits_folder, synthetic_index, write_index
+from fastvitc.data import ImageIndex, digits_folder, read_class_names, synthetic_index, write_index
 from fastvitc.errors import FastvitcError, UsageError
 from fastvitc.kernels import BackendUnavailable, chosen
 from fastvitc.models.config import preset
 from fastvitc.models.saved import WEIGHTS, model_folder, read_config
 from fastvitc.programs.command import parse, run_command
+from fastvitc.programs.flags import check_known, spelled, with_config
 from fastvitc.training.assembly import assemble, shares_statistics
 from fastvitc.training.boards import check_wandb
 from fastvitc.training.data_only import data_only
@@ -26,7 +27,7 @@ from fastvitc.training.images import shared_images
 from fastvitc.training.process import Process, process_group
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.run import Run
-from fastvitc.training.settings import Recipe, TrainSettings
+from fastvitc.training.settings import Recipe, RunSettings, TrainSettings
 from fastvitc.training.state import RunState, newest_state, trained_states
 from fastvitc.tuning.machine import PRECISIONS, can_compile, describe
 from fastvitc.tuning.measure import Setting
@@ -37,21 +38,23 @@ PROGRAM = "fastvitc-train"
 
 def read_settings(args: Sequence[str]) -> tuple[TrainSettings, RunState | None]:
     """The command line over the recipe's settings, or over those of the resumed run, whose state comes with them."""
+    args = with_config(spelled(args))
+    check_known(args)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--data-dir", "--model", "--recipe", "--resume", "--initial-checkpoint"):
+    for flag in ("--data-dir", "--model", "--recipe", "--resume", "--initial-checkpoint", "--experiment"):
         early.add_argument(flag)
     early.add_argument("--output", "-o")
     early.add_argument("--grad-accum-steps", type=int, default=1)
     try:
-        known, _ = early.parse_known_args([_with_hyphens(arg) for arg in args])
+        known, _ = early.parse_known_args(args)
     except argparse.ArgumentError:
         return parse(TrainSettings, PROGRAM, args), None  # says what is wrong and exits
     if known.resume is not None:
-        found = _resumed(known.resume, known.output)
+        found = _resumed(known.resume, RunSettings(output=known.output, experiment=known.experiment).folder())
         if found is not None:
             folder, state = found
             saved = TrainSettings.from_dict(state.settings).changed(
-                output=None, resume=None, resume_anyway=False
+                output=None, experiment=None, config=None, resume=None, resume_anyway=False
             )
             settings = parse(TrainSettings, PROGRAM, args, saved)
             settings.check_continues(saved)
@@ -83,26 +86,28 @@ def _resumed(resume: str, output: str | None) -> tuple[Path, RunState] | None:
     if resume != "auto":
         if output is not None:
             raise UsageError(
-                "a resumed run goes on in its own folder; leave out --output, or copy the folder first"
+                "a resumed run goes on in its own folder; leave out --output and --experiment, or copy the folder first"
             )
         return newest_state(Path(resume))
     if output is None:
-        raise UsageError("--resume auto needs the run's folder: give it with --output")
+        raise UsageError("--resume auto needs the run's folder: give it with --output or --experiment")
     return newest_state(Path(output)) if trained_states(Path(output)) else None
-
-
-def _with_hyphens(arg: str) -> str:
-    """--data_dir=some_folder, which the parser takes as well, as --data-dir=some_folder."""
-    flag, equals, value = arg.partition("=")
-    return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
 
 
 def find_images(settings: TrainSettings, process: Process) -> tuple[ImageIndex, ImageIndex]:
     """The training and validation images that the settings name."""
-    data_dir = settings.data.data_dir
-    if data_dir is None and settings.data.loader == "synthetic":
+    data = settings.data
+    if data.data_dir is None and data.loader == "synthetic":
         return synthetic_index("train"), synthetic_index("val")
-    return shared_images(process, lambda place: write_index(data_dir or digits_folder(), place))
+    splits = data.train_split, data.val_split
+
+    def write(place: Path) -> None:
+        classes = None if data.class_map is None else read_class_names(Path(data.class_map))
+        if classes is None and data.class_map is not None:
+            raise UsageError(f"there is no file {data.class_map} for --class-map")
+        write_index(data.data_dir or digits_folder(), place, splits=splits, classes=classes)
+
+    return shared_images(process, write)
 
 
 def output_folder(settings: TrainSettings, state: RunState | None) -> RunFolder:
@@ -111,7 +116,7 @@ def output_folder(settings: TrainSettings, state: RunState | None) -> RunFolder:
     if state is not None:
         return RunFolder(Path(run.resume), run.keep)
     default = Path("runs", f"{settings.model.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    path = default if run.output is None else Path(run.output)
+    path = default if run.folder() is None else Path(run.folder())
     if trained_states(path):
         raise UsageError(
             f"{path} already holds a run; choose another --output, or continue it with --resume {path}"
@@ -180,7 +185,7 @@ def train(settings: TrainSettings, state: RunState | None = None) -> Path | None
         Interrupted: the run was asked to stop; its state is saved.
     """
     settings.check()
-    check_wandb(settings.run.wandb)
+    check_wandb(settings.run.board())
     if settings.machine.threads is not None:
         torch.set_num_threads(settings.machine.threads)
     with process_group(settings.machine.device) as process:

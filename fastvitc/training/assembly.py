@@ -17,6 +17,7 @@ from fastvitc.models.config import as_size, check_image_size, preset
 from fastvitc.models.saved import WEIGHTS, begin_with, load_weights, model_folder
 from fastvitc.models.vit import VisionTransformer, create_model
 from fastvitc.training.compilation import Compilation, seconds_of_a_pass, where_it_pays
+from fastvitc.training.erase import Erasing
 from fastvitc.training.evaluation import Evaluator
 from fastvitc.training.mix import Mixing
 from fastvitc.training.optim import ModelEma, create_optimizers, paper_ema_rate
@@ -54,6 +55,7 @@ class Parts:
     schedule: Schedule
     curriculum: Curriculum
     mixing: Mixing
+    erasing: Erasing
     step: TrainStep
     evaluate: Evaluator
     data: str
@@ -65,8 +67,9 @@ class Parts:
         return self.model if self.ema is None else self.ema.model
 
     def own_state(self) -> dict[str, Any]:
-        """What is this process's own: the running statistics of its batches, on the host."""
-        return {"statistics": on_host([list(pair) for pair in self._statistics()])}
+        """What is this process's own: the running statistics of its batches, and the loss's scale, on the host."""
+        statistics = on_host([list(pair) for pair in self._statistics()])
+        return {"statistics": statistics, "scaler": self.step.scaler.state_dict()}
 
     def restore(self, state: RunState) -> None:
         """Take over a state's weights, averages and optimisers, and what is this process's own.
@@ -83,6 +86,7 @@ class Parts:
         for pair, values in zip(self._statistics(), own["statistics"], strict=True):
             for tensor, value in zip(pair, values, strict=True):
                 tensor.copy_(value)
+        self.step.scaler.load_state_dict(own.get("scaler", {}))
 
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
         return [
@@ -134,6 +138,9 @@ def assemble(
         s.model.model,
         num_classes=len(train.classes),
         image_size=s.data.size(),
+        in_chans=s.model.in_chans,
+        mean=s.data.mean,
+        std=s.data.std,
         pool=s.model.pool,
         drop_path=s.model.drop_path,
         backend=backends,
@@ -190,6 +197,7 @@ def assemble(
         process,
         dtype=dtype,
         label_smoothing=o.smoothing,
+        bce=o.bce_loss,
         accumulate=o.grad_accum_steps,
         clip_grad=o.clip_grad,
         compile=compilation.compile,
@@ -212,13 +220,14 @@ def assemble(
         optimizers=optimizers,
         schedule=schedule,
         curriculum=curriculum,
-        mixing=Mixing(o.mixup, o.cutmix),
+        mixing=Mixing(o.mixup, o.cutmix, o.mixup_prob),
+        erasing=Erasing(s.data.reprob),
         step=step,
         evaluate=Evaluator(
             model if ema is None else ema.model,
             process,
             dtype=dtype,
-            batch_size=o.batch_size,
+            batch_size=validation_batch(s),
             compile=compilation.compile,
         ),
         data=data,
@@ -259,7 +268,8 @@ def _compilation(
 
     def choose() -> Compilation:
         height, width = model.config.image_size
-        images = torch.randint(256, (o.batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        shape = o.batch_size, height, width, s.model.in_chans
+        images = torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
         labels = torch.zeros(o.batch_size, dtype=torch.int64)
         objective = Objective(model.train(), dtype=PRECISIONS[s.machine.precision])
         batch = images.to(process.device), labels.to(process.device), None
@@ -313,15 +323,23 @@ def _try_ops(model: VisionTransformer, device: torch.device, dtype: torch.dtype)
     model.train()
 
 
+def validation_batch(settings: TrainSettings) -> int:
+    """Images of a validation batch in each process."""
+    o = settings.optimisation
+    return o.batch_size if o.validation_batch_size is None else o.validation_batch_size
+
+
 def loader_of(settings: TrainSettings, process: Process, index: ImageIndex, training: bool) -> Loader:
     """The loader of the training or validation images."""
     data = settings.data
     config = LoaderConfig(
         index,
         training=training,
-        batch_size=settings.optimisation.batch_size,
+        batch_size=settings.optimisation.batch_size if training else validation_batch(settings),
         image_size=data.size() or preset(settings.model.model).image_size,
-        augment=Augment(data.crop_scale, data.crop_aspect, data.hflip, data.augment),
+        channels=settings.model.in_chans,
+        interpolation=data.interpolation,
+        augment=Augment(data.crop_scale, data.crop_aspect, data.hflip, data.augment, data.color_jitter),
         crop_ratio=data.crop_ratio,
         device=process.device,
         seed=settings.machine.seed,

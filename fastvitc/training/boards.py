@@ -37,6 +37,8 @@ class TensorBoard:
 
     def figures(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
+            if not math.isfinite(value):
+                continue
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def text(self, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import nan
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,17 @@ class Accuracy:
 
     @property
     def top1(self) -> float:
-        """Percent of images whose first guess is right."""
-        return 100.0 * self.correct / max(self.images, 1)
+        """Percent of images whose first guess is right; nan where there are none."""
+        return 100.0 * self.correct / self.images if self.images else nan
 
     @property
     def top5(self) -> float:
-        """Percent of images whose class is among the first five guesses."""
-        return 100.0 * self.correct_top5 / max(self.images, 1)
+        """Percent of images whose class is among the first five guesses; nan where there are none."""
+        return 100.0 * self.correct_top5 / self.images if self.images else nan
+
+
+#: Of an epoch without a validation.
+NOT_EVALUATED = Accuracy(0, 0, 0, nan)
 
 
 class Evaluation(nn.Module):

@@ -8,7 +8,7 @@ from fastvitc.training.evaluation import Accuracy
 from fastvitc.training.folder import RunFolder
 from fastvitc.training.meter import duration
 from fastvitc.training.profile import Profile
-from fastvitc.training.report import EpochRow, Reporter
+from fastvitc.training.report import EpochRow, Reporter, best_of
 from fastvitc.training.step import compiled_graphs
 from fastvitc.training.words import introduction, yardstick
 
@@ -41,7 +41,7 @@ class RunLog:
         if folder is None:
             return
         run, values = parts.settings.run, parts.settings.to_dict()
-        boards = open_boards(folder.path, epoch * parts.steps + step, run.wandb, values)
+        boards = open_boards(folder.path, epoch * parts.steps + step, run.board(), values)
         self._reporter = Reporter(folder.path, rows=rows, boards=boards)
         if run.profile is not None:
             self._profile = Profile(run.profile, folder.path / "trace.json")
@@ -95,8 +95,7 @@ class RunLog:
         self._reporter.end_epoch(
             row,
             row.epoch * self._parts.steps,
-            f"epoch {row.epoch}/{epochs}: loss {row.train_loss:.4f}, validation loss {row.val_loss:.4f}, "
-            f"top-1 {row.val_top1:.2f}%, top-5 {row.val_top5:.2f}% of {accuracy.images}, "
+            f"epoch {row.epoch}/{epochs}: loss {row.train_loss:.4f}, {_validation(row, accuracy)}"
             f"{row.images_per_second:,.0f} images/s, data wait {row.data_wait:.0%}, MFU {row.mfu:.1%}, "
             f"{row.seconds:.1f} s",
         )
@@ -132,7 +131,7 @@ class RunLog:
         """The run is done."""
         self._end_profile()
         if self._folder is not None:
-            best, path = max(rows, key=lambda row: row.val_top1), self._folder.path
+            best, path = best_of(rows), self._folder.path
             self._line(
                 f"best validation top-1: {best.val_top1:.2f}% in epoch {best.epoch}; weights: {path / 'best'}; "
                 f"curves: {path / 'curves.png'}"
@@ -159,3 +158,12 @@ class RunLog:
             one, all_of_them = duration(seconds), duration(epochs * seconds)
             self._line(f"an epoch takes about {one} on this machine, {epochs} epochs {all_of_them}")
         self._forecast_told = True
+
+
+def _validation(row: EpochRow, accuracy: Accuracy) -> str:
+    if not accuracy.images:
+        return ""
+    return (
+        f"validation loss {row.val_loss:.4f}, top-1 {row.val_top1:.2f}%, top-5 {row.val_top5:.2f}% "
+        f"of {accuracy.images}, "
+    )

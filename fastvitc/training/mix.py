@@ -15,19 +15,22 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Mixing:
     """Strengths (alpha of the Beta distribution) of mixup and CutMix; 0 turns one off. With both, each batch gets one
-    of the two, with equal chance."""
+    of the two, with equal chance. `chance` is that of a batch to be mixed at all."""
 
     mixup: float = 0.8
     cutmix: float = 1.0
+    chance: float = 1.0
 
     @property
     def enabled(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
+        return (self.mixup > 0 or self.cutmix > 0) and self.chance > 0
 
     def sample(self, image_size: tuple[int, int], seed: tuple[int, ...]) -> Tensor:
         """A mix (5,) float32 for images of (height, width); a function of the seed."""
         height, width = image_size
         rng = np.random.default_rng(seed)
+        if self.chance < 1 and rng.random() >= self.chance:
+            return self.none(image_size)
         use_cutmix = self.cutmix > 0 and (self.mixup <= 0 or rng.random() < 0.5)
         share = rng.beta(*(self.cutmix if use_cutmix else self.mixup,) * 2)
         if not use_cutmix:
@@ -37,6 +40,11 @@ class Mixing:
         rows = np.clip([y - half * height, y + half * height], 0, height).astype(int)
         columns = np.clip([x - half * width, x + half * width], 0, width).astype(int)
         return torch.tensor([0, *rows, *columns], dtype=torch.float32)
+
+    @staticmethod
+    def none(image_size: tuple[int, int]) -> Tensor:
+        """The mix that leaves a batch as it is."""
+        return torch.tensor([1, 0, image_size[0], 0, image_size[1]], dtype=torch.float32)
 
 
 def share_of_own(mix: Tensor, image_size: tuple[int, int]) -> Tensor:

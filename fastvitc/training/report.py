@@ -5,6 +5,7 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TextIO
 
@@ -16,7 +17,10 @@ from fastvitc.training.boards import Board
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One line of summary.csv. Rates are of this epoch; `mfu` and `data_wait` are shares from 0 to 1."""
+    """One line of summary.csv. Rates are of this epoch; `mfu` and `data_wait` are shares from 0 to 1.
+
+    What is of a validation is nan where there was none.
+    """
 
     epoch: int
     train_loss: float
@@ -28,6 +32,13 @@ class EpochRow:
     data_wait: float
     mfu: float
     seconds: float
+
+
+def best_of(rows: Sequence[EpochRow]) -> EpochRow:
+    """The first row of the highest accuracy; the last row where nothing was validated."""
+    return max(
+        (row for row in rows if isfinite(row.val_top1)), key=lambda row: row.val_top1, default=rows[-1]
+    )
 
 
 class Reporter:
@@ -136,11 +147,12 @@ def draw_curves(rows: list[EpochRow], path: Path) -> None:
     losses, accuracy, rate = figure.subplots(1, 3)
     epochs = [row.epoch for row in rows]
     losses.plot(epochs, [row.train_loss for row in rows], label="train, with its smoothing and mixing")
-    losses.plot(epochs, [row.val_loss for row in rows], label="validation")
+    validated = [row for row in rows if isfinite(row.val_top1)]
+    losses.plot([row.epoch for row in validated], [row.val_loss for row in validated], label="validation")
     losses.set(title="Loss", xlabel="epoch")
     losses.legend()
-    accuracy.plot(epochs, [row.val_top1 for row in rows])
-    best = max(rows, key=lambda row: row.val_top1)
+    accuracy.plot([row.epoch for row in validated], [row.val_top1 for row in validated])
+    best = best_of(rows)
     accuracy.set(title=f"Validation top-1, best {best.val_top1:.2f}% (epoch {best.epoch})", xlabel="epoch")
     rate.plot(epochs, [row.lr for row in rows])
     rate.set(title="Learning rate at the epoch's end", xlabel="epoch")

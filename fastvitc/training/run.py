@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastvitc.data import Batch, Loader
 from fastvitc.errors import DataError, FastvitcError
-from fastvitc.models.stems import IMAGENET_MEAN, IMAGENET_STD
+from fastvitc.models.stems import pixel_statistics
 from fastvitc.training.assembly import Parts
-from fastvitc.training.evaluation import Accuracy, precise_batch_norm
+from fastvitc.training.evaluation import NOT_EVALUATED, Accuracy, precise_batch_norm
 from fastvitc.training.folder import RunFolder
 from fastvitc.training.health import NotFinite, Watch
 from fastvitc.training.interrupts import Interrupts
@@ -30,6 +30,8 @@ from fastvitc.tuning.machine import versions
 
 #: What a process may ask of all; the largest request wins.
 _NOTHING, _SAVE, _STOP = range(3)
+#: Keeps the draws of erasing apart from those of mixing.
+_ERASING = 1
 
 
 class Run:
@@ -105,7 +107,7 @@ class Run:
         train_loss = self._check_finite()
         images_per_second, data_wait = self._meter.rates()
         mfu = log.mfu(images_per_second)
-        accuracy = self._evaluate()
+        accuracy = self._evaluate() if self._validates() else NOT_EVALUATED
         row = EpochRow(
             epoch=self.epoch + 1,
             train_loss=train_loss,
@@ -121,7 +123,8 @@ class Run:
         if not self._skipped.intersection(range(self._done - parts.steps, self._done)):
             self._rollbacks = 0
         self._rows.append(row)
-        is_best, self.best = accuracy.top1 > self.best, max(self.best, accuracy.top1)
+        is_best = accuracy.top1 > self.best  # nan is not
+        self.best = accuracy.top1 if is_best else self.best
         self.epoch, self.step = self.epoch + 1, 0
         self._meter = Meter(parts.images_per_step, parts.process)
         self._save_models(row, is_best)
@@ -142,7 +145,7 @@ class Run:
             self._seed(done)
             with self._meter.waiting():
                 group = [
-                    (images, labels, self._mix(done * accumulate + i))
+                    (self._erased(images, done * accumulate + i), labels, self._mix(done * accumulate + i))
                     for i, (images, labels) in enumerate(islice(batches, accumulate))
                 ]
             set_rates(parts.optimizers, parts.schedule.at(done / parts.steps))
@@ -179,6 +182,11 @@ class Run:
         if answer == _STOP:
             self._tell_bad_files(log)
             self._stop()
+
+    def _validates(self) -> bool:
+        settings = self.parts.settings
+        epoch = self.epoch + 1
+        return epoch % settings.run.val_interval == 0 or epoch == settings.optimisation.epochs
 
     def _evaluate(self) -> Accuracy:
         parts, o = self.parts, self.parts.settings.optimisation
@@ -234,9 +242,16 @@ class Run:
         parts = self.parts
         if not parts.mixing.enabled:
             return None
+        off, size = parts.settings.optimisation.mixup_off_epoch, parts.model.image_size
+        if off and self.epoch >= off:
+            return parts.mixing.none(size).to(parts.process.device)
         seed = parts.settings.machine.seed, parts.process.rank, batch
-        mix = parts.mixing.sample(parts.model.image_size, seed)
+        mix = parts.mixing.sample(size, seed)
         return mix.to(parts.process.device, non_blocking=True)
+
+    def _erased(self, images: Tensor, batch: int) -> Tensor:
+        parts = self.parts
+        return parts.erasing(images, (parts.settings.machine.seed, parts.process.rank, batch, _ERASING))
 
     def _rate(self) -> float:
         return max(group["lr"] for optimizer in self.parts.optimizers for group in optimizer.param_groups)
@@ -303,12 +318,14 @@ class Run:
         parts = self.parts
         if self.folder is None:
             return
+        config = parts.model.config
+        mean, std = pixel_statistics(config.in_chans, config.mean, config.std)
         notes = {
             "name": parts.settings.model.model,
             "classes": list(parts.classes),
             "preprocessing": {
-                "mean": IMAGENET_MEAN,
-                "std": IMAGENET_STD,
+                "mean": mean,
+                "std": std,
                 "crop_ratio": parts.settings.data.crop_ratio,
             },
             "backends": parts.backends,

@@ -4,11 +4,12 @@ To add a flag, add a field with its default, its range, and one line for the hel
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastvitc.data import LoaderKind, PolicyName
+from fastvitc.data import InterpolationName, LoaderKind, PolicyName
 from fastvitc.errors import UsageError
 from fastvitc.models.config import as_size, preset
 from fastvitc.models.vit import Init
@@ -40,6 +41,13 @@ class DataSettings:
 
     data_dir: Annotated[str | None, _optional("DIR")] = None
     """Folder with class folders or tar shards in train/ and val/. Without it: scikit-learn's handwritten digits."""
+    train_split: str = "train"
+    """Name of the folder in --data-dir with the training images."""
+    val_split: str = "val"
+    """Name of the folder in --data-dir with the validation images."""
+    class_map: Annotated[str | None, _optional("FILE")] = None
+    """Text file with the name of a class in each line, in the order of the labels; other class folders are left out.
+    Default: all, sorted."""
     loader: LoaderKind = "auto"
     """DALI, PIL in worker processes, or random pixels (synthetic). auto: DALI on a GPU, else PIL."""
     workers: Annotated[int | None, at_least(0), _optional("INT", "-j")] = None
@@ -56,12 +64,22 @@ class DataSettings:
     """The width of a random crop over its height is between these two."""
     hflip: Annotated[float, share()] = 0.5
     """Chance of a horizontal flip."""
+    interpolation: InterpolationName = "bilinear"
+    """How images are resized."""
+    color_jitter: Annotated[float, share()] = 0.0
+    """Brightness, contrast and colour each change by up to this share, after crop and flip."""
     augment: PolicyName = "none"
-    """Augmentation policy after crop and flip."""
+    """Augmentation policy after crop, flip and --color-jitter."""
+    reprob: Annotated[float, share()] = 0.0
+    """Chance of an image to have a random rectangle erased (Zhong et al. 2020)."""
     bad_share: Annotated[float, share()] = 0.01
     """Share of the images that may be unreadable before the run stops. Above 0, one may always be."""
     crop_ratio: Annotated[float, share(zero=False)] = 0.875
     """Validation: side of the centre crop over the side that the image is resized to."""
+    mean: Annotated[tuple[float, ...] | None, _optional("FLOAT...")] = None
+    """Mean of each channel, of pixel values from 0 to 1. Default: ImageNet's."""
+    std: Annotated[tuple[float, ...] | None, above(0), _optional("FLOAT...")] = None
+    """Standard deviation of each channel. Default: ImageNet's."""
 
     def size(self) -> tuple[int, int] | None:
         """(height, width) asked for, None for the model's own."""
@@ -77,6 +95,8 @@ class ModelSettings:
     initial_checkpoint: Annotated[str | None, _optional("FILE | DIR")] = None
     """Weights to begin with: a saved model's folder, or a file of fastvitc, pycls, torchvision or timm. The head is
     new where the number of classes is another one; the position embedding is interpolated for another size."""
+    in_chans: Literal[1, 3] = 3
+    """Channels of the images: 3 for RGB, 1 for grey."""
     init: Init = "paper"
     """How a new model begins: as in the paper's code, with a head of zeros, or with a drawn head."""
     freeze_stem: bool = False
@@ -105,6 +125,8 @@ class OptimisationSettings:
     """Passes over the training images."""
     batch_size: Annotated[int, at_least(1), tyro.conf.arg(aliases=["-b"])] = 64
     """Images of a batch in each process."""
+    validation_batch_size: Annotated[int | None, at_least(1), _optional("INT", "-vb")] = None
+    """Images of a validation batch in each process. Default: --batch-size."""
     grad_accum_steps: Annotated[int, at_least(1)] = 1
     """Batches of an optimiser step."""
     opt: OptimizerName = "adamw"
@@ -137,10 +159,16 @@ class OptimisationSettings:
     """Largest norm of the gradient. Default: any."""
     smoothing: Annotated[float, share()] = 0.1
     """Label smoothing."""
+    bce_loss: bool = False
+    """Binary cross-entropy of each class by itself, in place of cross-entropy (Wightman et al. 2021)."""
     mixup: Annotated[float, at_least(0)] = 0.0
     """Alpha of mixup; 0 turns it off. With CutMix on as well, each batch gets one of the two."""
     cutmix: Annotated[float, at_least(0)] = 0.0
     """Alpha of CutMix; 0 turns it off."""
+    mixup_prob: Annotated[float, share()] = 1.0
+    """Chance that a batch is mixed."""
+    mixup_off_epoch: Annotated[int, at_least(0)] = 0
+    """Mix nothing any more after so many epochs; 0: always mix."""
     model_ema: bool = False
     """Keep a moving average of the weights; evaluate and save the average."""
     model_ema_rate: Annotated[float | None, share(zero=False), _optional("FLOAT")] = None
@@ -161,8 +189,11 @@ class MachineSettings:
     """cuda, cpu, or auto."""
     threads: Annotated[int | None, at_least(1), _optional("INT")] = None
     """CPU threads of the model. Default: PyTorch's."""
-    precision: Precision = field(default_factory=fast_precision)
-    """bf16 keeps weights and statistics in float32. Default: bf16 where the device multiplies in it, else fp32."""
+    precision: Annotated[Precision, tyro.conf.arg(aliases=["--amp-dtype"])] = field(
+        default_factory=fast_precision
+    )
+    """bf16 and fp16 keep weights and statistics in float32; fp16 scales the loss, so that small gradients are not lost.
+    Default: bf16 where the device multiplies in it, else fp32."""
     compile: Annotated[bool | None, _optional(None)] = None
     """torch.compile training and evaluation. Default: where that is expected to take less time."""
     seed: Annotated[int, at_least(0)] = 0
@@ -175,6 +206,10 @@ class RunSettings:
 
     output: Annotated[str | None, _optional("DIR", "-o")] = None
     """Folder of the run. Default: runs/<model>-<date>-<time>."""
+    experiment: Annotated[str | None, _optional("NAME")] = None
+    """Name of the run: its folder is this one in --output, or in runs."""
+    config: Annotated[str | None, _optional("FILE")] = None
+    """Settings as YAML, such as a run's args.yaml; the flags given here come before them."""
     resume: Annotated[str | None, _optional("DIR | auto")] = None
     """Continue the run in this folder with its settings. auto: that of --output, or begin it where there is none."""
     resume_anyway: bool = False
@@ -183,12 +218,14 @@ class RunSettings:
     """Save the run's state every so many steps, besides each epoch's end. Default: by time alone."""
     save_minutes: Annotated[float, above(0)] = 10.0
     """Save the run's state after so many minutes without a save."""
-    keep: Annotated[int, at_least(1)] = 2
+    keep: Annotated[int, at_least(1), tyro.conf.arg(aliases=["--checkpoint-hist"])] = 2
     """How many of the newest states are kept."""
     max_rollbacks: Annotated[int, at_least(0)] = 3
     """How often in a row the run goes back to its last state, and leaves out some steps, for a loss or weight that
     is not finite."""
-    log_every: Annotated[int, at_least(1)] = 50
+    val_interval: Annotated[int, at_least(1)] = 1
+    """Epochs from one validation to the next; there is one after the last epoch."""
+    log_every: Annotated[int, at_least(1), tyro.conf.arg(aliases=["--log-interval"])] = 50
     """Steps between log points. Only log points wait for the device."""
     data_only: Annotated[float | None, above(0), _optional("SECONDS")] = None
     """Train nothing: run the training loader alone for so long, an epoch at most, and tell its rate."""
@@ -196,8 +233,20 @@ class RunSettings:
     """Write a trace of so many steps, after the first few, to trace.json in the run's folder. Default: none."""
     wandb: Annotated[str | None, _optional("PROJECT")] = None
     """Send the figures to this project of Weights & Biases as well. Needs pip install 'fastvitc[wandb]'."""
+    log_wandb: bool = False
+    """As --wandb fastvitc."""
     peak_tflops: Annotated[float | None, above(0), _optional("FLOAT")] = None
     """Peak of the device for the MFU, in 1e12 operations per second. Default: data sheet, or a measured product."""
+
+    def board(self) -> str | None:
+        """The project of Weights & Biases; None for none."""
+        return self.wandb or ("fastvitc" if self.log_wandb else None)
+
+    def folder(self) -> str | None:
+        """The run's folder where it is given."""
+        if self.experiment is None:
+            return self.output
+        return str(Path(self.output or "runs", self.experiment))
 
 
 @dataclass(frozen=True)
@@ -273,7 +322,12 @@ _MAY_CHANGE = {
     "peak_tflops",
     "profile",
     "wandb",
+    "log_wandb",
+    "validation_batch_size",
+    "val_interval",
     "output",
+    "experiment",
+    "config",
     "resume",
     "resume_anyway",
     "save_every",

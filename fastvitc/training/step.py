@@ -1,4 +1,4 @@
-"""The training step: tensors in, a loss out. Nothing here waits for the device."""
+"""The training step: tensors in, a loss out. Nothing here waits for the device, but fp16 with Muon or clipping."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,25 +37,35 @@ class Objective(nn.Module):
         model: called with images and a mix or None, gives logits.
         dtype: of autocast; float32 turns it off.
         label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
+        bce: take the mean binary cross-entropy of the classes, each by itself, over the same target.
     """
 
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, *, dtype: torch.dtype, label_smoothing: float = 0.0, bce: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.label_smoothing = label_smoothing
+        self.bce = bce
 
     def forward(self, images: Tensor, labels: Tensor, mix: Tensor | None) -> Tensor:
         """images (B, C, H, W) uint8, labels (B,) int64, mix of `Mixing` (5,) or None → mean loss, 0-d float32."""
         with autocast(images.device, self.dtype):
             logits = self.model(images, mix)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = self._loss(logits, labels)
         if mix is None:
             return loss
         share = share_of_own(mix, images.shape[2:])
-        other = F.cross_entropy(logits, labels.roll(1), label_smoothing=self.label_smoothing)
-        return share * loss + (1.0 - share) * other
+        return share * loss + (1.0 - share) * self._loss(logits, labels.roll(1))
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not self.bce:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        classes = logits.shape[1]
+        target = F.one_hot(labels, classes) * (1.0 - self.label_smoothing) + self.label_smoothing / classes
+        return F.binary_cross_entropy_with_logits(logits, target)
 
 
 class TrainStep:
@@ -67,7 +77,7 @@ class TrainStep:
         process: this process; with several, DistributedDataParallel gives all the main one's weights and averages the
             gradients during the last batch's backward pass (only nn.SyncBatchNorm shares statistics).
         dtype: of autocast; float32 turns it off.
-        label_smoothing: see `Objective`.
+        label_smoothing, bce: see `Objective`.
         accumulate: batches per optimiser step.
         clip_grad: largest norm of the whole gradient; None for no clipping.
         compile: whether the model is compiled, see `compile_model`.
@@ -81,11 +91,12 @@ class TrainStep:
         *,
         dtype: torch.dtype,
         label_smoothing: float = 0.0,
+        bce: bool = False,
         accumulate: int = 1,
         clip_grad: float | None = None,
         compile: bool = True,
     ) -> None:
-        objective = Objective(model, dtype=dtype, label_smoothing=label_smoothing).to(process.device)
+        objective = Objective(model, dtype=dtype, label_smoothing=label_smoothing, bce=bce).to(process.device)
         if compile:
             compile_model(model, objective)
         self.objective = objective
@@ -95,6 +106,8 @@ class TrainStep:
             # Statistics stay each process's own. Not by an argument: its name depends on PyTorch's version.
             self._parallel.broadcast_buffers = False
         self._settled = self._parallel is None
+        #: Scales the loss under float16, where small gradients would be zero (Micikevicius et al. 2018).
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
         self._model, self._optimizers = model, optimizers
         self._accumulate, self._clip_grad = accumulate, clip_grad
 
@@ -107,13 +120,16 @@ class TrainStep:
         for number, batch in enumerate(batches, start=1):
             with self._messages(last=number == len(batches)):
                 loss = (self._parallel or self.objective)(*batch) / self._accumulate
-                loss.backward()
+                self.scaler.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
         if self._clip_grad is not None:
+            for optimizer in self._optimizers:
+                self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad)
         for optimizer in self._optimizers:
-            optimizer.step()
+            self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         assert total is not None
         return total
 

@@ -26,9 +26,13 @@ _GPU_PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32"]
 #: The dtype of autocast by the name of a setting; float32 turns it off.
-PRECISIONS: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
 
 _PACKAGES = ("torch", "torchvision", "triton", "xformers", "timm")
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")

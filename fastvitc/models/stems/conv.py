@@ -115,8 +115,8 @@ class ConvStem(ImageStem):
     ) -> Tensor:
         """(B, in_chans, H, W) → tokens (B, S, width), S = H/stride · W/stride, plus one with a class token.
 
-        A floating-point image is taken as it is. A uint8 image of three channels is normalised here, with ImageNet's
-        means and deviations: (image/255 − mean)/std. `mix` (5,) float32 mixes the batch with itself rolled by one, see
+        A floating-point image is taken as it is. A uint8 image is normalised here, (image/255 − mean)/std, with the
+        means and deviations of `pixel_statistics`. `mix` (5,) float32 mixes the batch with itself rolled by one, see
         `fastvitc.kernels.Pixels`.
         """
         training, momentum, eps, process_group = self._norm_settings()
