@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from fastvitc.data import index_folder, index_split, synthetic_index
+from fastvitc.data import index_folder, index_split, read_index, synthetic_index, write_index
 from fastvitc.errors import DataError
 
 
@@ -140,3 +140,18 @@ def test_a_synthetic_index_names_no_files():
     index = synthetic_index("train", images=25, classes=10)
     assert (len(index), len(index.classes), index.source) == (25, 10, None)
     assert np.bincount(index.labels).tolist() == [3] * 5 + [2] * 5
+
+
+def test_splits_may_have_other_names_and_a_class_map_chooses_and_orders_the_classes(tmp_path):
+    make(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("training", "test") for name in "abc"))
+    place = tmp_path / "index"
+    place.mkdir()
+    write_index(tmp_path, place, splits=("training", "test"), classes=("c", "a"))
+    for index in read_index(place):
+        assert index.classes == ("c", "a")
+        assert index.labels.tolist() == [0, 1]
+        assert [os.path.basename(os.path.dirname(path)) for path in paths_of(index)] == ["c", "a"]
+    with pytest.raises(DataError, match="no folder for these classes of the class map: d"):
+        write_index(tmp_path, place, splits=("training", "test"), classes=("a", "d"))
+    with pytest.raises(DataError, match="has no folder train and val"):
+        write_index(tmp_path, place)

@@ -12,8 +12,9 @@ from loading import ALL, READING, index_of, load, order, pixels
 from PIL import Image
 
 from fastvitc.data import Augment, pil, synthetic_index
+from fastvitc.data.augment import AugmentSampler
 from fastvitc.data.decode import read_image
-from fastvitc.data.policy import FILL, POLICIES, Policy, Step
+from fastvitc.data.policy import FILL, OPS, POLICIES, Policy, Step
 from fastvitc.errors import DataError, UsageError
 
 
@@ -259,3 +260,56 @@ def test_a_worker_that_the_system_ends_is_told_in_one_line(photos):
     with pytest.raises(DataError, match="a process that reads images was ended from outside"):
         list(batches)
     loader.close()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_grey_images_are_the_luma_of_the_coloured_ones(training, photos):
+    coloured, grey = (
+        [pixels(load(kind, photos, training=training, channels=channels)) for kind in READING]
+        for channels in (3, 1)
+    )
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    for images, found in zip(coloured, grey, strict=True):
+        assert found.shape == (len(images), 1, 32, 48)
+        assert ((images * weights).sum(1, keepdim=True) - found).abs().max() <= 1.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bicubic_images_differ_from_bilinear_ones_and_agree_between_loaders(training, photos):
+    by = {
+        (kind, how): pixels(load(kind, photos, training=training, interpolation=how)).float()
+        for kind in READING
+        for how in ("bilinear", "bicubic")
+    }
+    between = (by["pil", "bicubic"] - by["dali", "bicubic"]).abs().mean()
+    across = (by["pil", "bicubic"] - by["pil", "bilinear"]).abs().mean()
+    assert between < 0.5 * across
+
+
+def test_colour_jitter_is_the_same_on_both_loaders(photos):
+    plain, jittered = (
+        [pixels(load(kind, photos, augment=Augment(color_jitter=jitter))).float() for kind in READING]
+        for jitter in (0.0, 0.4)
+    )
+    assert (jittered[0] - jittered[1]).abs().mean() < 1.5 * (plain[0] - plain[1]).abs().mean() + 1
+    assert (jittered[0] != plain[0]).flatten(1).any(1).float().mean() > 0.9
+
+
+def test_colour_jitter_draws_each_change_evenly_within_its_share():
+    draws = AugmentSampler(Augment(color_jitter=0.4, policy="autoaugment"), (32, 32), 0).draw(
+        0, np.arange(2000)
+    )
+    ops, values, _ = draws.policy
+    assert ops.shape == (2000, 5)
+    assert [OPS[op] for op in ops[0, :3]] == ["brightness", "contrast", "color"]
+    assert np.abs(values[:, :3]).max() <= 0.4
+    assert values[:, :3].mean(0) == pytest.approx(0, abs=0.02)
+    assert values[:, :3].std(0) == pytest.approx(0.4 / 3**0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("wrong", [{"channels": 2}, {"interpolation": "nearest"}])
+def test_channels_and_interpolations_that_there_are_not_are_refused(wrong, photos):
+    with pytest.raises(
+        UsageError, match="channels must be 1 or 3 and interpolation one of bilinear, bicubic"
+    ):
+        load("pil", photos, **wrong)

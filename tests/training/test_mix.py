@@ -136,3 +136,13 @@ def test_the_mixed_loss_is_the_cross_entropy_with_the_mixed_and_smoothed_targets
     target = share * one_hot + (1 - share) * one_hot.roll(1, 0)
     target = (1 - smoothing) * target + smoothing / 4
     torch.testing.assert_close(loss, -(target * model(images, mix).log_softmax(1)).sum(1).mean())
+
+
+def test_a_batch_is_mixed_with_its_chance_and_else_left_as_it_is():
+    mixing = Mixing(0.8, 1.0, chance=0.25)
+    mixes = [mixing.sample(SIZE, (batch,)) for batch in range(400)]
+    left = [mix for mix in mixes if share_of_own(mix, SIZE) == 1]
+    assert len(left) == pytest.approx(300, abs=40)
+    image = torch.rand(4, 3, *SIZE)
+    assert torch.equal(mixed(image, Mixing.none(SIZE)), image)
+    assert not Mixing(0.8, 1.0, chance=0.0).enabled

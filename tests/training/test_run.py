@@ -2,13 +2,14 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from math import isfinite
 
 import pytest
 import torch
 
 from fastvitc.data import synthetic_index
 from fastvitc.errors import FastvitcError, Interrupted, UsageError
-from fastvitc.models.saved import load_model
+from fastvitc.models.saved import load_model, read_config
 from fastvitc.models.vit import VisionTransformer
 from fastvitc.training.assembly import assemble
 from fastvitc.training.folder import RunFolder
@@ -143,11 +144,15 @@ EVERYTHING = {
     "low_res": (16,),
     "patch_drop": 0.5,
     "patch_drop_until": 0.3,
+    "mixup_prob": 0.7,
+    "reprob": 0.5,
+    "bce_loss": True,
+    "in_chans": 1,
 }
 
 
 @pytest.mark.parametrize("extra", [{}, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("cut", [1, 3, 4, 7])
 def test_a_run_that_was_cut_after_any_step_goes_on_bit_for_bit(cut, precision, extra, tmp_path, monkeypatch):
     options = {"images": 32, "precision": precision, "save_every": 1, **extra}
@@ -289,3 +294,31 @@ def test_images_are_small_until_their_share_of_the_run_and_evaluated_at_full_siz
 def test_a_low_resolution_that_is_no_multiple_of_the_stride_is_refused():
     with pytest.raises(UsageError, match="multiples of the stem's stride 8"):
         parts_of(low_res=(20,))
+
+
+def test_validations_come_at_their_interval_and_at_the_end(tmp_path, capsys):
+    run_in(tmp_path, epochs=5, val_interval=2)
+    rows = read_summary(tmp_path / "summary.csv")
+    assert [isfinite(row.val_top1) for row in rows] == [False, True, False, True, True]
+    assert [isfinite(row.train_loss) for row in rows] == [True] * 5
+    assert capsys.readouterr().out.count("validation loss") == 3
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_nothing_is_mixed_after_the_epoch_where_mixing_ends(monkeypatch):
+    run = Run(parts_of(mixup=1.0, mixup_off_epoch=1), None, None)
+    assert run._mix(0)[0] < 1
+    run.epoch = 1
+    assert run._mix(4).tolist() == [1, 0, 32, 0, 32]
+
+
+def test_means_and_deviations_go_with_the_saved_model(tmp_path):
+    run_in(tmp_path, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))
+    model = load_model(tmp_path / "last")
+    assert model.stem.pixel_shift.tolist() == pytest.approx([-0.1, -0.1, -0.1])
+    assert read_config(tmp_path / "last")["preprocessing"]["std"] == [1.0, 2.0, 3.0]
+
+
+def test_means_that_are_not_one_for_each_channel_are_refused():
+    with pytest.raises(UsageError, match="a number for each of the 1 channels"):
+        parts_of(in_chans=1, mean=(0.1, 0.2, 0.3))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch, evaluator, normal, small, train_step, triple, weights
+from small_models import CLASSES, batch, evaluator, normal, small, train_step, triple, weights
 
 from fastvitc.kernels.conv_stem.pixels import mixed
 from fastvitc.training.mix import Mixing, share_of_own
@@ -97,3 +97,43 @@ def test_training_and_evaluation_compile_the_stem_and_one_block_and_compute_the_
         losses.append(curve)
     assert compiled_graphs() - before == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-4)
+
+
+def test_binary_cross_entropy_is_that_of_the_smoothed_targets_of_each_class():
+    model, (images, labels, _) = small("vitp_nano"), triple(6)
+    target = torch.full((6, CLASSES), 0.1 / CLASSES)
+    target[torch.arange(6), labels] += 0.9
+    expected = F.binary_cross_entropy_with_logits(model(images), target)
+    objective = Objective(model, dtype=torch.float32, label_smoothing=0.1, bce=True)
+    torch.testing.assert_close(objective(images, labels, None), expected)
+    mix = Mixing(1.0, 0.0).sample((32, 32), (0,))
+    share = mix[0]
+    expected = F.binary_cross_entropy_with_logits(
+        model(images, mix), share * target + (1 - share) * target.roll(1, 0)
+    )
+    torch.testing.assert_close(objective(images, labels, mix), expected)
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1e6])
+def test_fp16_steps_with_a_scaled_loss_as_without(clip_grad):
+    given = triple(4)
+    plain, scaled = small("vitp_nano"), small("vitp_nano")
+    train_step(plain)([given])
+    step = train_step(scaled, dtype=torch.float16, clip_grad=clip_grad)
+    assert step.scaler.get_scale() == 2**16  # too much for the gradients of these weights
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    step([given])
+    before = small("vitp_nano")
+    for name, expected in weights(plain).items():
+        moved = expected - weights(before)[name]
+        assert (weights(scaled)[name] - expected).norm() <= 0.05 * moved.norm() + 1e-6, name
+
+
+def test_an_fp16_step_whose_gradients_overflow_is_left_out_and_halves_the_scale():
+    model = small("vitp_nano")
+    step = train_step(model, dtype=torch.float16)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = weights(model)
+    step([triple(4)])
+    assert step.scaler.get_scale() == 2.0**59
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
