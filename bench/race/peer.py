@@ -36,7 +36,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--warmup-epochs", type=int, default=3)
+    parser.add_argument("--warmup-epochs", type=float, default=3)
     parser.add_argument("--smoothing", type=float, default=0.1)
     parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0))
     parser.add_argument("--hflip", type=float, default=0.5)

@@ -19,7 +19,15 @@ from fastvitc.training.schedule import SchedName
 from fastvitc.tuning.machine import Precision, fast_precision
 
 Recipe = Literal[
-    "digits", "small", "finetune", "paper-50ep", "paper-50ep-sgd", "paper-100ep", "paper-200ep", "paper-400ep"
+    "digits",
+    "small",
+    "fast",
+    "finetune",
+    "paper-50ep",
+    "paper-50ep-sgd",
+    "paper-100ep",
+    "paper-200ep",
+    "paper-400ep",
 ]
 
 
