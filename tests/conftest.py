@@ -11,6 +11,11 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", default_cache_dir()
+)  # shared: each test has a cache folder of its own
 
 from fastvitc.data import digits_folder
 from fastvitc.files import cache_folder

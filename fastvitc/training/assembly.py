@@ -16,7 +16,7 @@ from fastvitc.kernels import chosen
 from fastvitc.models.config import as_size, check_image_size, preset
 from fastvitc.models.saved import WEIGHTS, begin_with, load_weights, model_folder
 from fastvitc.models.vit import VisionTransformer, create_model
-from fastvitc.training.compilation import Compilation, seconds_of_a_pass, where_it_pays
+from fastvitc.training.compilation import Compilation, mark_of, seconds_of_a_pass, where_it_pays
 from fastvitc.training.erase import Erasing
 from fastvitc.training.evaluation import Evaluator
 from fastvitc.training.mix import Mixing
@@ -261,8 +261,17 @@ def _compilation(
 ) -> Compilation:
     """Whether a run is compiled, equal on all processes: as asked, else where it pays."""
     s, asked, o = settings, settings.machine.compile, settings.optimisation
+    kind = (
+        model.config,
+        o.batch_size,
+        validation_batch(s),
+        s.machine.precision,
+        process.device.type,
+        curriculum,
+    )
+    mark = mark_of(*kind, s.model.grad_checkpointing, o.mixup > 0 or o.cutmix > 0, o.bce_loss, o.smoothing)
     if asked is not None:
-        return Compilation(asked, "as the settings say")
+        return Compilation(asked, "as the settings say", mark)
     if not can_compile():
         return Compilation(False, "torch.compile needs a C++ compiler and Python's headers on a CPU")
 
@@ -275,7 +284,7 @@ def _compilation(
         batch = images.to(process.device), labels.to(process.device), None
         passes = curriculum.cost() * steps * o.grad_accum_steps * o.epochs
         return where_it_pays(
-            process.device, passes * seconds_of_a_pass(objective, batch), curriculum.shapes()
+            process.device, passes * seconds_of_a_pass(objective, batch), curriculum.shapes(), mark
         )
 
     return process.share(process.agree(choose))

@@ -158,6 +158,8 @@ class Run:
             if parts.ema is not None:
                 parts.ema.update(done)
             first, self._stepped, self.step = not self._stepped, True, self.step + 1
+            if first:
+                parts.compilation.remember()
             log.step(self._meter.restart() if first else None)
             if not first and self.step % log_every == 0 and self.step < parts.steps:
                 mean = self._meter.mean_loss()

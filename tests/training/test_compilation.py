@@ -7,7 +7,7 @@ from small_models import small, triple
 from fastvitc.data import synthetic_index
 from fastvitc.training import assembly
 from fastvitc.training.assembly import assemble
-from fastvitc.training.compilation import seconds_of_a_pass, where_it_pays
+from fastvitc.training.compilation import mark_of, seconds_of_a_pass, where_it_pays
 from fastvitc.training.process import Process
 from fastvitc.training.recipes import recipe_settings
 from fastvitc.training.schedule import Curriculum
@@ -92,3 +92,25 @@ def test_measuring_leaves_weights_statistics_gradients_and_random_states_alone()
 def test_a_curriculum_counts_its_cost_and_its_shapes(changes, cost, shapes):
     curriculum = replace(Curriculum((96, 96)), **changes)
     assert (curriculum.cost(), curriculum.shapes()) == (pytest.approx(cost), shapes)
+
+
+def test_an_equal_run_after_one_that_was_compiled_expects_to_compile_sooner(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    mark, other = mark_of("a model", 64), mark_of("a model", 32)
+    first = where_it_pays(CPU, 300.0, 1, mark)
+    assert not first.compile
+    first.remember()
+    assert not mark.exists()
+    where_it_pays(CPU, 3600.0, 1, mark).remember()
+    again = where_it_pays(CPU, 300.0, 1, mark)
+    assert again.compile
+    assert "as an equal run was compiled before" in again.why
+    assert not where_it_pays(CPU, 300.0, 1, other).compile
+
+
+def test_what_is_compiled_is_kept_in_the_cache_folder_where_it_can_be(cache, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert mark_of("a").parent == cache / "inductor"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (cache / "inductor").chmod(0o777)
+    assert mark_of("a") is None
