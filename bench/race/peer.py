@@ -46,6 +46,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="no autocast; else bfloat16")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="without torch.compile, which short runs do not earn back"
+    )
     return parser.parse_args(argv)
 
 
@@ -77,7 +80,7 @@ def train(args: argparse.Namespace) -> None:
         optimizer, "cosine", num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=1e-5,
         step_on_epochs=False, updates_per_epoch=len(train_loader),
     )  # fmt: skip
-    compiled = torch.compile(model)
+    compiled = model if args.no_compile else torch.compile(model)
     autocast = nullcontext() if args.fp32 else torch.autocast(device.type, torch.bfloat16)
     for epoch in range(epochs):
         loss = _epoch(compiled, train_loader, epoch, optimizer, scheduler, mixup, smoothed, autocast, device)

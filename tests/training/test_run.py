@@ -11,6 +11,7 @@ from fastvitc.data import synthetic_index
 from fastvitc.errors import FastvitcError, Interrupted, UsageError
 from fastvitc.models.saved import load_model, read_config
 from fastvitc.models.vit import VisionTransformer
+from fastvitc.training import folder as run_folder
 from fastvitc.training.assembly import assemble
 from fastvitc.training.folder import RunFolder
 from fastvitc.training.interrupts import Interrupts
@@ -322,3 +323,15 @@ def test_means_and_deviations_go_with_the_saved_model(tmp_path):
 def test_means_that_are_not_one_for_each_channel_are_refused():
     with pytest.raises(UsageError, match="a number for each of the 1 channels"):
         parts_of(in_chans=1, mean=(0.1, 0.2, 0.3))
+
+
+def test_the_writing_thread_gets_weights_in_order_and_starts_no_threads_of_its_own(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        run_folder, "save_weights", lambda path, config, weights, **notes: written.append(weights)
+    )
+    run_in(tmp_path, epochs=1)
+    assert len(written) == 2
+    assert all(value.is_contiguous() for weights in written for value in weights.values())
+    model = parts_of().model
+    assert not all(value.is_contiguous() for value in model.state_dict().values())
