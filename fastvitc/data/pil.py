@@ -116,12 +116,18 @@ class _Batches(Dataset):
         tried: list[int] = []
         pixels = np.zeros((len(samples.numbers), *self._config.image_size, self._config.channels), np.uint8)
         labels = np.full(len(samples.numbers), -1)
+        draws = self._sampler.draw(epoch, samples.numbers) if self._config.training else None
         for place in range(len(pixels)):
             for number in samples.candidates(place):
                 tried.append(number)
                 image = self._read(number)
                 if image is not None:
-                    prepared = self._prepared(image, epoch, number)
+                    if draws is None:
+                        prepared = self._centre(image)
+                    elif number == samples.numbers[place]:
+                        prepared = self._augmented(image, draws, place)
+                    else:
+                        prepared = self._augmented(image, self._sampler.draw(epoch, np.array([number])), 0)
                     if self._config.channels == 1:
                         prepared = prepared.convert("L")
                     pixels[place] = np.asarray(prepared).reshape(pixels[place].shape)
@@ -138,11 +144,6 @@ class _Batches(Dataset):
         except DataError as error:
             self._bad[number] = str(error)
             return None
-
-    def _prepared(self, image: Image.Image, epoch: int, number: int) -> Image.Image:
-        if self._config.training:
-            return self._augmented(image, self._sampler.draw(epoch, np.array([number])), 0)
-        return self._centre(image)
 
     def _augmented(self, image: Image.Image, draws: Draws, i: int) -> Image.Image:
         height, width = self._config.image_size

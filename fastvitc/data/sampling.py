@@ -1,6 +1,6 @@
 """Which samples each rank sees in which order: a pure function of seed, epoch, rank and world size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, overload
 
@@ -17,10 +17,10 @@ class Samples(NamedTuple):
     numbers: np.ndarray
     spares: np.ndarray
 
-    def candidates(self, place: int) -> list[int]:
+    def candidates(self, place: int) -> Iterator[int]:
         """The sample in a place, and what may replace it, in order."""
-        spares = np.roll(self.spares, -place)
-        return [int(self.numbers[place]), *map(int, spares)]
+        yield int(self.numbers[place])
+        yield from map(int, np.roll(self.spares, -place))
 
 
 @dataclass(frozen=True)

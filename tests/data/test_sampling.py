@@ -70,9 +70,9 @@ def test_a_sample_may_be_replaced_by_any_of_the_next_batch_the_one_in_its_place_
     epoch = Order(9, 3, training=True).epoch(0)
     for batch, after in zip(epoch, [*epoch[1:], epoch[0]], strict=True):
         spares = after.numbers.tolist()
-        assert batch.candidates(1) == [batch.numbers[1], spares[1], spares[2], spares[0]]
+        assert list(batch.candidates(1)) == [batch.numbers[1], spares[1], spares[2], spares[0]]
 
 
 def test_in_evaluation_nothing_replaces_a_sample():
     (batch,) = Order(3, 4, training=False).epoch(0)
-    assert [batch.candidates(place) for place in range(3)] == [[0], [1], [2]]
+    assert [list(batch.candidates(place)) for place in range(3)] == [[0], [1], [2]]
