@@ -27,7 +27,7 @@ class Erasing:
         images = images.clone()
         for number in chosen:
             top, left, height, width = self._rectangle(rng, images.shape[2:])
-            shape = len(images[number]), height, width
+            shape = images.shape[1], height, width
             noise = torch.from_numpy(rng.integers(256, size=shape, dtype=np.uint8))
             images[number, :, top : top + height, left : left + width] = noise.to(
                 images.device, non_blocking=True

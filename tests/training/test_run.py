@@ -30,6 +30,7 @@ def parts_of(state=None, images=8, **changes):
     settings = recipe_settings("digits").changed(
         loader="synthetic",
         compile=False,
+        opt="adamw",
         batch_size=4,
         peak_tflops=1.0,
         threads=None,

@@ -1,5 +1,6 @@
 from math import inf, nan
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fastvitc.programs.evaluate import EvaluateSettings
 from fastvitc.programs.train import read_settings
 from fastvitc.programs.tune import TuneSettings
 from fastvitc.training.recipes import recipe_settings
-from fastvitc.training.settings import DataSettings, TrainSettings
+from fastvitc.training.settings import DataSettings, Recipe, TrainSettings
 from fastvitc.training.state import RunState
 from fastvitc.tuning import machine
 
@@ -249,7 +250,9 @@ def test_a_value_out_of_range_is_refused_by_its_flag(name, value):
         TrainSettings().changed(**{name: value}).check()
 
 
-@pytest.mark.parametrize("recipe", ["digits", "small", "paper-50ep", "paper-50ep-sgd", "paper-100ep"])
+@pytest.mark.parametrize(
+    "recipe", ["digits", "small", "fast", "finetune", "paper-50ep", "paper-50ep-sgd", "paper-100ep"]
+)
 def test_every_recipe_passes_the_check(recipe):
     recipe_settings(recipe).check()
 
@@ -275,3 +278,9 @@ def test_the_help_names_every_setting(capsys):
 def test_underscores_in_flags_mean_hyphens_for_the_recipe_too(flag):
     assert flat_of([f"{flag}=my_images"]).recipe == "small"
     assert flat_of([flag, "my_images"]).data_dir == "my_images"
+
+
+def test_the_papers_recipes_keep_its_initialisation_and_all_others_draw_the_head():
+    for recipe in get_args(Recipe):
+        settings = recipe_settings(recipe, "vitc_4gf")
+        assert settings.model.init == ("paper" if recipe.startswith("paper") else "drawn_head")
