@@ -305,9 +305,30 @@ def test_a_mix_mixes_the_pixels_and_nothing_else(name, dtype):
 
 
 def test_a_uint8_image_of_other_channels_is_refused():
-    model = create_model("vitc_nano", in_chans=1)
+    model = create_model("vitc_nano", in_chans=4)
     with pytest.raises(TypeError, match="uint8 without them"):
-        model(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
+        model(torch.zeros(2, 4, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("given", "mean", "std"),
+    [
+        ({"in_chans": 1}, [0.449], [0.226]),
+        ({"in_chans": 1, "mean": (0.1,), "std": (0.2,)}, [0.1], [0.2]),
+        ({"mean": (0.1, 0.2, 0.3)}, [0.1, 0.2, 0.3], [0.229, 0.224, 0.225]),
+    ],
+)
+def test_a_uint8_image_is_normalised_with_the_models_means_and_deviations(given, mean, std):
+    torch.manual_seed(0)
+    model = randomised(create_model("vitc_nano", num_classes=5, **given)).eval()
+    image = torch.randint(256, (2, len(mean), 32, 32), dtype=torch.uint8)
+    means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    torch.testing.assert_close(model(image), model((image / 255 - means) / deviations), rtol=1e-3, atol=1e-3)
+
+
+def test_means_without_one_for_each_channel_are_refused():
+    with pytest.raises(UsageError, match="a number for each of the 3 channels"):
+        create_model("vitc_nano", mean=(0.5,))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

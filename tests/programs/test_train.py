@@ -87,7 +87,7 @@ def test_synthetic_images_need_no_disk(tmp_path):
 
 
 def test_the_average_of_the_weights_is_as_good_as_the_weights(few_digits, tmp_path):
-    options = ["--epochs", 20, "--warmup-epochs", 2, "--model-ema"]
+    options = ["--recipe", "digits", "--epochs", 20, "--model-ema"]
     train(few_digits, "-o", tmp_path / "run", *options)
     assert read_summary(tmp_path / "run" / "summary.csv")[-1].val_top1 > 80
 
