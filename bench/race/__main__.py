@@ -42,7 +42,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=96, help="side in pixels, of both racers")
     parser.add_argument("--epochs", type=int, default=15, help="of the peer")
     parser.add_argument(
-        "--ours-epochs", type=int, nargs="+", default=[6, 24], help="of fastvitc-train, each a racer"
+        "--ours-epochs", type=int, nargs="+", default=[8, 18], help="of fastvitc-train, each a racer"
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hflip", type=float, default=0.5, help="of both; 0 for letters")

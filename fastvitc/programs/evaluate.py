@@ -3,7 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -59,8 +59,8 @@ class EvaluateSettings:
     """torch.compile; pays for itself on large sets."""
 
 
-def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...] | None, float]:
-    """(the model, its classes where the checkpoint names them, its crop ratio)."""
+def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...] | None, dict[str, Any]]:
+    """(the model, its classes where the checkpoint names them, what it says of the preprocessing)."""
     if settings.source == "fastvitc":
         if settings.model is not None or settings.image_size is not None or settings.ema:
             raise UsageError(
@@ -69,8 +69,7 @@ def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...]
         folder = model_folder(settings.checkpoint)
         model, config = load_model(folder, backend=settings.backend), read_config(folder)
         classes = config.get("classes")
-        ratio = config.get("preprocessing", {}).get("crop_ratio", 0.875)
-        return model, None if classes is None else tuple(classes), ratio
+        return model, None if classes is None else tuple(classes), config.get("preprocessing", {})
     if settings.model is None:
         raise UsageError(
             f"a checkpoint of {settings.source} does not name its model; give the preset with --model"
@@ -85,7 +84,7 @@ def load(settings: EvaluateSettings) -> tuple[VisionTransformer, tuple[str, ...]
         backend=settings.backend,
     )
     load_weights(model, weights)
-    return model.eval(), None, 0.875
+    return model.eval(), None, {}
 
 
 def evaluate(settings: EvaluateSettings) -> Accuracy:
@@ -94,7 +93,7 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
     process = Process(0, 1, pick_device(settings.device))
     dtype = PRECISIONS[settings.precision]
     chosen(process.device, settings.backend, dtype)
-    model, classes, crop_ratio = load(settings)
+    model, classes, preprocessing = load(settings)
     index = index_split(settings.data_dir if settings.data_dir is not None else digits_folder())
     if classes is not None and classes != index.classes and set(classes) <= set(index.classes):
         print(
@@ -116,8 +115,12 @@ def evaluate(settings: EvaluateSettings) -> Accuracy:
         batch_size=settings.batch_size,
         image_size=model.config.image_size,
         device=process.device,
+        channels=model.config.in_chans,
+        interpolation=preprocessing.get("interpolation", "bilinear"),
         workers=settings.workers,
-        crop_ratio=crop_ratio if settings.crop_ratio is None else settings.crop_ratio,
+        crop_ratio=preprocessing.get("crop_ratio", 0.875)
+        if settings.crop_ratio is None
+        else settings.crop_ratio,
     )
     loader = create_loader(settings.loader, config)
     model = model.to(process.device, memory_format=torch.channels_last)

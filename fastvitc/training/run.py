@@ -329,6 +329,7 @@ class Run:
                 "mean": mean,
                 "std": std,
                 "crop_ratio": parts.settings.data.crop_ratio,
+                "interpolation": parts.settings.data.interpolation,
             },
             "backends": parts.backends,
             "epoch": row.epoch,

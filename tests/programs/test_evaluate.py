@@ -1,7 +1,8 @@
+import re
 import shutil
 
 import torch
-from running import program, said
+from running import program, said, train
 
 from fastvitc.models.saved import load_model
 from fastvitc.programs import evaluate as evaluate_program
@@ -44,3 +45,13 @@ def test_an_image_that_cannot_be_read_is_named_and_not_counted(finished, few_dig
     printed = said(evaluate_program, finished[0] / "last", "--data-dir", data, "--workers", 0)
     assert "of 14)" in printed
     assert f"warning: cannot read the image {bad}" in capsys.readouterr().err
+
+
+def test_a_model_of_grey_images_and_chosen_classes_is_evaluated_as_in_its_run(few_digits, tmp_path):
+    (tmp_path / "classes.txt").write_text("2\n0\n")
+    own = ["--in-chans", 1, "--interpolation", "bicubic", "--class-map", tmp_path / "classes.txt"]
+    log = train(few_digits, "-o", tmp_path / "run", *own)
+    found = re.findall(r"top-1 ([\d.]+)%.* of 10,", log)[-1]
+    said_now = said(evaluate_program, tmp_path / "run" / "last", "--data-dir", few_digits)
+    assert "2 of the folder's 3 classes are evaluated" in said_now
+    assert f"top-1 {found}%" in said_now
