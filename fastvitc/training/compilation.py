@@ -19,7 +19,8 @@ from fastvitc.training.meter import duration
 _SAVED = {"cpu": 0.05, "cuda": 0.25}
 _SECONDS = {"cpu": 20.0, "cuda": 60.0}
 #: The share of those seconds that it takes where an equal run was compiled before, from what torch.compile has kept.
-_AGAIN = 0.5
+#: Measured on a CPU, see bench/LOG.md.
+_AGAIN = 0.15
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
